@@ -1,0 +1,1 @@
+"""What one data holder does: its model, data, adapter and local training."""

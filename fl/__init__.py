@@ -1,0 +1,1 @@
+"""When things happen in an experiment, and what is recorded of it."""

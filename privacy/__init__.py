@@ -1,0 +1,1 @@
+"""What is promised about privacy, and how the promise is kept and checked."""
