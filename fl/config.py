@@ -65,7 +65,7 @@ def build(values: Mapping[str, Any] | Any, path: str, base: type | None = None) 
             raise ConfigError(
                 f"{path}.{key}" if path else key,
                 values[key],
-                f"there is no such setting; {path or 'the experiment'} has {', '.join(sorted(fields)) or 'no settings'}",
+                f"no such setting; {path or 'the experiment'} has {', '.join(sorted(fields)) or 'none'}",
                 _closest(key, fields),
             )
     checked = {}

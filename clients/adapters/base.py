@@ -1,0 +1,74 @@
+"""What every adapter is: settings, a PEFT model made from them, and the weight change that a state stands for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fl.config import setting
+from fl.errors import ConfigError
+from fl.keys import seeded_globals
+
+if TYPE_CHECKING:
+    from clients.models import Base
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A weight change in factored form, ``left @ right``: ``(out, r) @ (r, in)``, of the module ``name``."""
+
+    name: str
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Base of all adapters. ``target_modules`` null takes the model's own default list."""
+
+    target_modules: list[str] | None = setting(None, help="names of the modules to adapt; null: the model's default")
+
+    def config(self, targets: list[str]) -> Any:
+        """The ``peft.PeftConfig`` of these settings, for the modules ``targets``."""
+        raise TypeError(f"{type(self).__name__} has no PEFT configuration")
+
+    def attach(self, base: Base, targets: list[str], seed: int) -> nn.Module:
+        """``base`` with the adapter, as a ``PeftModel``: adapter tensors and the head train, all else is frozen.
+
+        The initial tensors come from the key (seed, "adapter") alone. Raises `ConfigError` where PEFT refuses.
+        """
+        from peft import get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        config = self.config(self.target_modules or targets)
+        if base.head is not None:
+            config.modules_to_save = sorted({*(config.modules_to_save or []), base.head})
+        config.base_model_name_or_path = base.name
+        try:
+            with seeded_globals(seed, "adapter"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = get_peft_model(base.module, config)  # type: ignore[arg-type]
+        except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                "adapter",
+                type(self).__name__,
+                f"PEFT refuses it on this model ({reason})",
+                "Choose other adapter.target_modules or another adapter.",
+            ) from error
+        if config.is_prompt_learning or not any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+            raise ConfigError(
+                "adapter", config.peft_type, "a PEFT method that adapts layers, which prompt learning does not"
+            )
+        # PEFT sets the name from the model's own configuration where it has one; the base knows better.
+        model.peft_config["default"].base_model_name_or_path = base.name
+        model.eval()
+        return model
+
+    def delta(self, model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[LowRank]:
+        """The weight change of each adapted module under ``state`` (canonical names), factored."""
+        raise TypeError(f"{type(self).__name__} does not state its weight change in factored form")

@@ -1,0 +1,51 @@
+"""Any method of the PEFT library that adapts layers, by its name there: VeRA, MiSS, IA3, LoKr, RandLoRA, OFT ..."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from clients.adapters.base import Adapter
+from fl.config import setting
+from fl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Peft(Adapter):
+    """``method`` is PEFT's name (``LORA``, ``VERA``, ``MISS`` ..., any case); ``options`` go to its configuration.
+
+    ``rank`` is passed as ``r`` where the method has one and ``options`` does not name it.
+    """
+
+    method: str = setting("VERA", help="PEFT's name of the method")
+    rank: int | None = setting(None, ge=1, help="rank, for the methods that have one")
+    options: dict[str, Any] = setting({}, help="further fields of the method's PEFT configuration")
+
+    def config(self, targets: list[str]) -> Any:
+        import dataclasses
+
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+
+        known = {kind.value: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        name = self.method.upper()
+        if name not in known:
+            raise ConfigError("adapter.method", self.method, f"one of {', '.join(sorted(known))}")
+        cls = known[PeftType(name).value]
+        fields = {f.name for f in dataclasses.fields(cls)}
+        options = dict(self.options)
+        for key in options:
+            if key not in fields:
+                raise ConfigError(
+                    f"adapter.options.{key}", options[key], f"{cls.__name__} has {', '.join(sorted(fields))}"
+                )
+        if self.rank is not None and "r" in fields:
+            options.setdefault("r", self.rank)
+        if "target_modules" in fields:
+            options.setdefault("target_modules", list(targets))
+            if "feedforward_modules" in fields:
+                # IA3 scales the input of feed-forward targets and the output of the others.
+                options.setdefault("feedforward_modules", [])
+        try:
+            return cls(**options)
+        except (ValueError, TypeError) as error:
+            raise ConfigError("adapter.options", options, f"{cls.__name__} refuses it ({error})") from error

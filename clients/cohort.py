@@ -1,0 +1,260 @@
+"""The cohort: S clients' adapters trained in one forward and backward pass over one frozen base.
+
+A state is a row of d scalars (see `clients.layout`); the states of a cohort are a matrix ``(S, d)``. The batch holds
+B samples for each slot, padded to one length; padding samples have weight zero. For slot s
+
+    loss_s = sum_j w_sj l(theta_s; x_sj),    w_sj = 1/n_s for its n_s real samples, 0 for padding,
+
+and since no slot touches another's tensors, the gradient of ``sum_s loss_s`` is ``(d loss_s / d theta_s)_s``.
+A private batch is a cohort of one-sample slots: repeat a client's row over its samples and the same call returns
+per-sample gradients.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clients import dropout
+from clients.data.batch import Batch
+from clients.layout import Layout
+from clients.stacked import Slots, Stacked, stack_layer
+from fl.errors import ConfigError
+from fl.keys import Part
+
+
+@dataclass
+class CohortBatch:
+    """B samples for each of S slots, padded to T tokens. ``keys`` name the slots' dropout masks (None: no dropout)."""
+
+    input_ids: Tensor  # (S, B, T) int64
+    attention_mask: Tensor  # (S, B, T) int64
+    labels: Tensor  # (S, B) or (S, B, T) int64
+    weights: Tensor  # (S, B) float64; a slot's weights sum to 1
+    counts: list[int]  # real samples of each slot
+    keys: list[tuple[Part, ...] | None] | None = None
+    offsets: list[int] | None = None  # place of each slot's first sample in its own batch, for the dropout keys
+    prefix: Tensor | None = None  # (S, B, T, H): hidden states that enter the first adapted layer
+
+    @classmethod
+    def of(
+        cls,
+        batches: Sequence[Batch],
+        keys: list[tuple[Part, ...] | None] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> CohortBatch:
+        """Pad the slots' batches to one shape: the longest sample and the largest batch among them."""
+        slots = len(batches)
+        rows = max(b.input_ids.shape[0] for b in batches)
+        width = max(b.input_ids.shape[1] for b in batches)
+        causal = batches[0].labels.dim() == 2
+        ids = torch.zeros(slots, rows, width, dtype=torch.long)
+        mask = torch.zeros(slots, rows, width, dtype=torch.long)
+        labels = torch.full((slots, rows, width), -100) if causal else torch.zeros(slots, rows, dtype=torch.long)
+        weights = torch.zeros(slots, rows, dtype=torch.float64)
+        # A padding row attends to its first (padding) token, so that no softmax is over nothing.
+        mask[:, :, 0] = 1
+        for s, b in enumerate(batches):
+            n, t = b.input_ids.shape
+            ids[s, :n, :t], mask[s, :n, :t] = b.input_ids, b.attention_mask
+            if causal:
+                labels[s, :n, :t] = b.labels
+            else:
+                labels[s, :n] = b.labels
+            weights[s, :n] = 1 / n
+        counts = [b.input_ids.shape[0] for b in batches]
+        return cls(ids.to(device), mask.to(device), labels.to(device), weights.to(device), counts, keys)
+
+    def split(self, parts: int) -> list[CohortBatch]:
+        """The batch in ``parts`` pieces along its samples; losses and gradients of the pieces add up."""
+        rows = self.input_ids.shape[1]
+        cuts = [rows * i // parts for i in range(parts + 1)]
+        pieces = []
+        for low, high in itertools.pairwise(cuts):
+            if low == high:
+                continue
+            counts = [max(0, min(n, high) - low) for n in self.counts]
+            prefix = None if self.prefix is None else self.prefix[:, low:high]
+            part = slice(low, high)
+            pieces.append(
+                CohortBatch(
+                    self.input_ids[:, part], self.attention_mask[:, part], self.labels[:, part], self.weights[:, part],
+                    counts, self.keys, [o + low for o in self.offsets or [0] * len(counts)], prefix,
+                )
+            )  # fmt: skip
+        return pieces
+
+
+Swap = tuple[nn.Module, str, Stacked]  # where a stacked layer goes: its parent, the attribute, the layer
+
+
+class Cohort:
+    """A PEFT model whose adapted layers hold S slots.
+
+    ``model`` is what `clients.adapters.base.Adapter.attach` returned. After construction the layers are stacked;
+    `unstacked` gives the plain PEFT model back (to save it, or to compare). ``layout`` names the trainable tensors
+    with PEFT's own names; ``initial`` is the state ``(d,)`` that the adapter began with.
+    """
+
+    def __init__(self, model: nn.Module, task: str, device: str | torch.device = "cpu"):
+        self.model, self.task, self.device = model, task, torch.device(device)
+        self.slots = Slots()
+        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ConfigError("adapter", None, "at least one trainable tensor")
+        self.layout = Layout.of(trainable)
+        self.initial = self.layout.flatten({n: p.detach().float() for n, p in trainable.items()}).cpu()
+        self.frozen_dropouts = dropout.install(model, self.slots)
+        self.swaps = self._find_layers(model, trainable)
+        model.to(self.device)
+        self._stack()
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.frozen_dropouts > 0
+
+    def _find_layers(
+        self, model: nn.Module, trainable: dict[str, nn.Parameter]
+    ) -> list[tuple[nn.Module, str, Stacked]]:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import ModulesToSaveWrapper
+
+        canonical = {id(p): n for n, p in trainable.items()}
+        covered: set[str] = set()
+        swaps: list[tuple[nn.Module, str, Stacked]] = []
+        inside: tuple[str, ...] = ()
+        for path, module in model.named_modules():
+            if not isinstance(module, BaseTunerLayer | ModulesToSaveWrapper) or (inside and path.startswith(inside)):
+                continue
+            layer = module.modules_to_save["default"] if isinstance(module, ModulesToSaveWrapper) else module
+            names = {
+                n: canonical[id(p)] for n, p in layer.named_parameters(remove_duplicate=False) if id(p) in canonical
+            }
+            if not names:
+                continue
+            parent, _, attribute = path.rpartition(".")
+            swaps.append((model.get_submodule(parent), attribute, stack_layer(layer, names, self.slots)))
+            # The layer that leaves the tree: a ModulesToSaveWrapper goes as a whole.
+            swaps[-1][2].hidden.append(module)
+            covered |= set(names.values())
+            inside = (*inside, path + ".")
+        missing = sorted(set(trainable) - covered)
+        if missing:
+            raise ConfigError("adapter", missing[:3], "trainable tensors inside PEFT layers or the head")
+        return swaps
+
+    def _stack(self) -> None:
+        for parent, attribute, stacked in self.swaps:
+            setattr(parent, attribute, stacked)
+
+    def unstacked(self, state: Tensor) -> nn.Module:
+        """The plain PEFT model with ``state`` ``(d,)`` in its tensors. Call `restack` before the cohort works again."""
+        for parent, attribute, stacked in self.swaps:
+            setattr(parent, attribute, stacked.hidden[-1])
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, value in self.layout.views(state).items():
+                parameters[name].copy_(value)
+        return self.model
+
+    def restack(self) -> None:
+        self._stack()
+
+    def losses(self, states: Tensor, batch: CohortBatch) -> Tensor:
+        """``(S,)``: each slot's loss, the weighted sum over its own samples, at ``states`` ``(S, d)``."""
+        return (self.sample_losses(self.layout.views(states), batch) * batch.weights).sum(1)
+
+    def gradients(self, states: Tensor, batch: CohortBatch, accumulate: int = 1) -> tuple[Tensor, Tensor]:
+        """Losses ``(S,)`` and their gradients ``(S, d)`` at ``states`` ``(S, d)``.
+
+        ``accumulate`` > 1 splits each slot's batch into that many parts, one pass each: less memory, same gradient.
+        """
+        leaves = {n: v.detach().requires_grad_() for n, v in self.layout.views(states).items()}
+        total_loss, total_grad = None, None
+        for part in batch.split(accumulate) if accumulate > 1 else [batch]:
+            losses = (self.sample_losses(leaves, part) * part.weights).sum(1)
+            grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+            flat = torch.cat(
+                [
+                    (torch.zeros_like(leaf) if g is None else g).reshape(len(states), -1)
+                    for g, leaf in zip(grads, leaves.values(), strict=True)
+                ],
+                dim=1,
+            )
+            total_loss = losses.detach() if total_loss is None else total_loss + losses.detach()
+            total_grad = flat if total_grad is None else total_grad.add_(flat)
+        assert total_loss is not None and total_grad is not None
+        return total_loss, total_grad
+
+    def sample_gradients(self, states: Tensor, batch: CohortBatch) -> tuple[Tensor, Tensor]:
+        """Losses ``(S, B)`` and gradients ``(S, B, d)`` of each sample by itself (weight one); padding samples give 0.
+
+        The slots are repeated over their samples, which makes a cohort of S*B one-sample clients.
+        """
+        slots, rows = batch.weights.shape
+        real = (batch.weights > 0).to(batch.weights).reshape(-1, 1)
+        keys = None if batch.keys is None else [k for k in batch.keys for _ in range(rows)]
+        offsets = [o + j for o in batch.offsets or [0] * slots for j in range(rows)]
+        one = CohortBatch(
+            batch.input_ids.reshape(slots * rows, 1, -1),
+            batch.attention_mask.reshape(slots * rows, 1, -1),
+            batch.labels.reshape(slots * rows, 1, *batch.labels.shape[2:]),
+            real,
+            [int(w > 0) for w in real.reshape(-1).tolist()],
+            keys,
+            offsets,
+            None if batch.prefix is None else batch.prefix.reshape(slots * rows, 1, *batch.prefix.shape[2:]),
+        )
+        losses, grads = self.gradients(states.repeat_interleave(rows, dim=0), one)
+        return losses.reshape(slots, rows), grads.reshape(slots, rows, -1)
+
+    def sample_losses(self, tensors: dict[str, Tensor], batch: CohortBatch) -> Tensor:
+        """``(S, B)``: every sample's own loss: cross-entropy, or the mean over its own target tokens (causal LM)."""
+        logits = self.logits(tensors, batch)
+        return (
+            classification_loss(logits, batch.labels)
+            if self.task == "classification"
+            else causal_loss(logits, batch.labels)
+        )
+
+    def logits(self, tensors: dict[str, Tensor], batch: CohortBatch) -> Tensor:
+        """``(S, B, classes)`` or ``(S, B, T, vocabulary)`` from stacked tensors ``(S, *shape)``."""
+        slots, rows, width = batch.input_ids.shape
+        self.slots.number, self.slots.tensors = slots, tensors
+        if batch.keys is not None and self.has_dropout:
+            lengths = batch.attention_mask.sum(-1)
+            offsets = batch.offsets or [0] * slots
+            self.slots.dropout = dropout.DropoutKeys.of(batch.keys, batch.counts, offsets, lengths, width)
+        else:
+            self.slots.dropout = dropout.DropoutKeys()
+        self.slots.prefix = None if batch.prefix is None else batch.prefix.reshape(slots * rows, width, -1)
+        out = self.model(
+            input_ids=batch.input_ids.reshape(-1, width), attention_mask=batch.attention_mask.reshape(-1, width)
+        ).logits
+        # The loss is taken in float32 at least: bfloat16 logits would round it to three digits.
+        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        return out.reshape(slots, rows, *out.shape[1:])
+
+
+def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each sample: logits ``(S, B, C)``, labels ``(S, B)`` -> ``(S, B)``."""
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").reshape(labels.shape)
+
+
+def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Next-token cross-entropy, averaged over each sample's own targets: ``(S, B, T, V)``, ``(S, B, T)`` -> ``(S, B)``.
+
+    Never the batch-wide token mean: with it one sample's length would change another's weight, which breaks the
+    sensitivity that differential privacy relies on.
+    """
+    targets = labels[..., 1:]
+    nll = F.cross_entropy(
+        logits[..., :-1, :].flatten(0, 2), targets.flatten(), reduction="none", ignore_index=-100
+    ).reshape(targets.shape)
+    count = (targets != -100).sum(-1)
+    return nll.sum(-1) / count.clamp(min=1)

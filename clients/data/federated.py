@@ -1,0 +1,75 @@
+"""A data set dealt out to clients: what each trains on, and what is held out to test it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clients.data.partition import Partition
+from clients.data.tokens import TokenData
+from fl.errors import ConfigError
+from fl.keys import generator
+
+
+@dataclass(eq=False)
+class FederatedData:
+    """``train`` and the central ``test``; client i trains on ``train[parts[i]]`` and is tested on
+    ``train[client_tests[i]]``, which may be empty. ``client_names`` are those of natural clients."""
+
+    train: TokenData
+    test: TokenData
+    parts: list[np.ndarray]
+    client_tests: list[np.ndarray]
+    client_names: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers of who holds what, as they go into run.json."""
+        labels = self.train.labels
+        count = len(self.train.label_names)
+        return {
+            "sizes": [len(p) for p in self.parts],
+            "test_sizes": [len(p) for p in self.client_tests],
+            "labels": None
+            if labels is None
+            else [np.bincount(labels[p], minlength=count).tolist() for p in self.parts],
+            "label_names": list(self.train.label_names),
+            "groups": self.client_names,
+            "tokens": [int(self.train.lengths[p].sum()) for p in self.parts],
+        }
+
+
+def federate(
+    train: TokenData,
+    test: TokenData,
+    partition: Partition,
+    num_clients: int | None,
+    seed: int,
+    client_test_fraction: float,
+) -> FederatedData:
+    """Deal ``train`` out by ``partition``, then hold out ``client_test_fraction`` of each client's samples.
+
+    The draws are those of ``seed``, the run's. A client with a positive fraction and two samples or more holds out at
+    least one and trains on at least one. Raises `ConfigError`.
+    """
+    if not 0 <= client_test_fraction < 1:
+        raise ConfigError("data.client_test_fraction", client_test_fraction, "a number >= 0 and < 1")
+    held = partition.split(train.labels, train.groups, len(train), num_clients, generator(seed, "partition"))
+    parts, client_tests = [], []
+    for client, samples in enumerate(held):
+        count = round(client_test_fraction * len(samples))
+        if client_test_fraction > 0:
+            count = min(max(count, 1), len(samples) - 1)
+        order = generator(seed, "client-test", client).permutation(samples)
+        parts.append(np.sort(order[count:]))
+        client_tests.append(np.sort(order[:count]))
+    return FederatedData(train, test, parts, client_tests, _names(train, held) if partition.natural else None)
+
+
+def _names(train: TokenData, held: list[np.ndarray]) -> list[str]:
+    assert train.groups is not None
+    return [" + ".join(train.group_names[g] for g in np.unique(train.groups[samples])) for samples in held]

@@ -1,0 +1,1 @@
+"""Local algorithms: what a client does with its start state and its batches. One file an algorithm."""

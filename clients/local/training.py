@@ -1,0 +1,152 @@
+"""Local training: some optimiser steps from the start state. The loop that the local algorithms share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clients.cohort import Cohort, CohortBatch
+from clients.local.optimizers import AdamW, Optimizer
+from fl.config import setting
+from fl.errors import ConfigError
+from fl.keys import generator
+
+Memory = dict[str, np.ndarray]
+
+
+@dataclass
+class Work:
+    """One client's job: from ``start`` ``(d,)``, train on the examples of ``batches`` (one array of indices a step).
+
+    ``round`` is the round (or version) that the job belongs to; ``memory`` is what the client kept from its last job.
+    """
+
+    client: int
+    round: int
+    start: np.ndarray
+    batches: list[np.ndarray]
+    lr: float
+    memory: Memory = field(default_factory=dict)
+
+
+@dataclass
+class Fit:
+    """What a job gives: the new state ``(d,)``, the mean loss over its steps, the work done, the memory to keep."""
+
+    client: int
+    state: np.ndarray
+    loss: float
+    steps: int
+    tokens: int
+    memory: Memory = field(default_factory=dict)
+
+
+# Builds the cohort's batch of one step for the slots that are still active: (slot indices, step) -> batch.
+MakeBatch = Callable[[Sequence[int], int], CohortBatch]
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """Minibatch training with any optimiser (FedAvg's client: McMahan et al., arXiv 1602.05629, algorithm 1).
+
+    Exactly one of ``steps`` and ``epochs`` is given. Each epoch visits the client's examples in a new order, drawn
+    from the key (seed, "batches", client, round); the last batch of an epoch may be short.
+    """
+
+    steps: int | None = setting(None, ge=1, help="local steps a round (or give epochs)")
+    epochs: float | None = setting(None, gt=0, help="passes over the client's data a round (or give steps)")
+    lr: float = setting(1e-3, gt=0, help="learning rate of the client")
+    batch_size: int = setting(16, ge=1, help="examples a step")
+    clip_norm: float | None = setting(None, gt=0, help="largest L2 norm of a client's gradient; null: no clipping")
+    accumulation: int = setting(1, ge=1, help="parts that a batch is split in, to save memory")
+    lr_schedule: str = setting("constant", choices=["constant", "cosine", "linear", "step"], help="over the rounds")
+    lr_warmup_rounds: int = setting(0, ge=0, help="rounds of linear warm-up")
+    lr_final: float = setting(0.0, ge=0, le=1, help="share of lr at the last round (cosine, linear)")
+    lr_step_rounds: int = setting(10, ge=1, help="rounds between decays (step)")
+    lr_gamma: float = setting(0.5, gt=0, le=1, help="factor of a decay (step)")
+    optimizer: Optimizer = setting(AdamW(), help="what applies a gradient")
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError(
+                "local.steps", self.steps, "exactly one of local.steps and local.epochs", "Set the other to null."
+            )
+
+    def num_steps(self, examples: int) -> int:
+        """Optimiser steps of a client with that many examples."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, math.ceil(self.epochs * examples / self.batch_size - 1e-9))
+
+    def batches(self, seed: int, client: int, round: int, examples: np.ndarray) -> list[np.ndarray]:
+        """The indices of each step's examples, from the key (seed, "batches", client, round)."""
+        rng = generator(seed, "batches", client, round)
+        steps, out = self.num_steps(len(examples)), []
+        while len(out) < steps:
+            order = rng.permutation(examples)
+            out += [order[low : low + self.batch_size] for low in range(0, len(order), self.batch_size)]
+        return out[:steps]
+
+    def lr_at(self, round: int, rounds: int) -> float:
+        """Learning rate in ``round`` (from 1) of ``rounds``: warm-up, then the schedule.
+
+        cosine: ``lr (f + (1-f) (1 + cos(pi x))/2)``, linear: ``lr (1 - (1-f) x)``, with ``x`` the share of the rounds
+        after the warm-up that are done and ``f = lr_final``; step: ``lr gamma^floor((round-1)/lr_step_rounds)``.
+        """
+        if round <= self.lr_warmup_rounds:
+            return self.lr * round / (self.lr_warmup_rounds + 1)
+        x = min(1.0, (round - 1 - self.lr_warmup_rounds) / max(1, rounds - 1 - self.lr_warmup_rounds))
+        if self.lr_schedule == "cosine":
+            return self.lr * (self.lr_final + (1 - self.lr_final) * (1 + math.cos(math.pi * x)) / 2)
+        if self.lr_schedule == "linear":
+            return self.lr * (1 - (1 - self.lr_final) * x)
+        if self.lr_schedule == "step":
+            return self.lr * self.lr_gamma ** ((round - 1) // self.lr_step_rounds)
+        return self.lr
+
+    def direction(self, params: Tensor, grads: Tensor, start: Tensor) -> Tensor:
+        """The gradient that the optimiser sees, from the plain one; all ``(S, d)``. Algorithms change this."""
+        return grads
+
+    def fit(self, cohort: Cohort, works: Sequence[Work], make_batch: MakeBatch) -> list[Fit]:
+        """Train one cohort: ``works`` in order of falling number of steps, so that the active slots are a prefix.
+
+        A slot whose steps are done leaves the pass; its state is not touched again.
+        """
+        counts = [len(w.batches) for w in works]
+        if counts != sorted(counts, reverse=True):
+            raise ValueError("a cohort's jobs go in order of falling number of steps")
+        start = torch.stack([torch.from_numpy(np.asarray(w.start, dtype=np.float32)) for w in works]).to(cohort.device)
+        params = start.clone()
+        state = self.optimizer.init(params)
+        lr = torch.tensor([[w.lr] for w in works], dtype=params.dtype, device=params.device)
+        losses = torch.zeros(len(works), dtype=torch.float64, device=params.device)
+        tokens = [0] * len(works)
+        for step in range(counts[0]):
+            active = sum(c > step for c in counts)
+            batch = make_batch(range(active), step)
+            now = params[:active]
+            loss, grads = cohort.gradients(now, batch, self.accumulation)
+            grads = self.direction(now, grads, start[:active])
+            if self.clip_norm is not None:
+                grads = clip_rows(grads, self.clip_norm)
+            self.optimizer.step(now, grads, {k: v[:active] for k, v in state.items()}, step + 1, lr[:active])
+            losses[:active] += loss
+            real = (batch.attention_mask.sum(-1) * (batch.weights > 0)).sum(1).tolist()
+            for slot in range(active):
+                tokens[slot] += int(real[slot])
+        mean = (losses.cpu() / torch.tensor(counts, dtype=torch.float64)).tolist()
+        final = params.cpu().numpy()
+        return [Fit(w.client, final[s].copy(), mean[s], counts[s], tokens[s], w.memory) for s, w in enumerate(works)]
+
+
+def clip_rows(grads: Tensor, clip_norm: float) -> Tensor:
+    """Each row scaled to L2 norm at most C: ``g min(1, C / (|g| + 1e-6))``, as torch's ``clip_grad_norm_``."""
+    norms = torch.linalg.vector_norm(grads, dim=1, keepdim=True)
+    return grads * (clip_norm / (norms + 1e-6)).clamp(max=1.0)

@@ -1,0 +1,121 @@
+"""Worker processes over cohorts: on a CPU, one thread in each of two processes beats two threads inside an operator.
+
+The children are forked after the base model and the data are loaded, so that all share their memory. Which child runs
+a task does not change its result, so tasks go to whichever is free, and results come back in the order of the tasks.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from fl.errors import ShoalError
+
+Task = tuple[str, tuple]  # name of a method of the worker, its arguments
+
+
+def available() -> bool:
+    """Whether children can be forked here: Linux, and no accelerator in use in this process."""
+    return "fork" in mp.get_all_start_methods() and os.name == "posix" and not torch.cuda.is_initialized()
+
+
+class Pool:
+    """``processes`` children that call methods of ``worker``, each with ``threads`` torch threads.
+
+    Raises `ShoalError` when a child raises or dies. Use as a context manager, or call `close`.
+    """
+
+    def __init__(self, worker: Any, processes: int, threads: int):
+        context = mp.get_context("fork")
+        self.children: list[Any] = []
+        self.pipes: list[Connection] = []
+        for _ in range(processes):
+            ours, theirs = context.Pipe()
+            child = context.Process(target=_serve, args=(worker, theirs, threads, [*self.pipes, ours]), daemon=True)
+            child.start()
+            theirs.close()
+            self.children.append(child)
+            self.pipes.append(ours)
+
+    def run(self, tasks: Sequence[Task]) -> list[Any]:
+        """Results of the tasks, in their order."""
+        results: list[Any] = [None] * len(tasks)
+        waiting = list(range(len(tasks)))[::-1]
+        busy: dict[Connection, int] = {}
+        failure: str | None = None
+        for pipe in self.pipes:
+            if waiting:
+                busy[pipe] = self._send(pipe, tasks, waiting.pop())
+        while busy:
+            for ready in wait(list(busy)):
+                pipe = ready
+                assert isinstance(pipe, Connection)
+                index = busy.pop(pipe)
+                try:
+                    good, value = pipe.recv()
+                except (EOFError, ConnectionError) as error:
+                    raise ShoalError(
+                        "A worker process died, which is most often a lack of memory. "
+                        "Use a smaller engine.cohort_size or engine.workers=1."
+                    ) from error
+                if good:
+                    results[index] = value
+                else:
+                    failure = failure or value
+                if waiting and failure is None:
+                    busy[pipe] = self._send(pipe, tasks, waiting.pop())
+        if failure is not None:
+            raise ShoalError(f"A worker process failed:\n{failure}")
+        return results
+
+    def _send(self, pipe: Connection, tasks: Sequence[Task], index: int) -> int:
+        try:
+            pipe.send(tasks[index])
+        except (BrokenPipeError, ConnectionError) as error:
+            raise ShoalError("A worker process is gone; start the run again with --resume.") from error
+        return index
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for child in self.children:
+            child.join(timeout=2)
+            if child.is_alive():
+                child.terminate()
+                child.join()
+        self.pipes, self.children = [], []
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _serve(worker: Any, pipe: Connection, threads: int, inherited: list[Connection]) -> None:
+    # The parent handles Ctrl-C (it checkpoints); its ends of the pipes must not stay open here, or a child would
+    # never see the parent go.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for other in inherited:
+        other.close()
+    torch.set_num_threads(threads)
+    while True:
+        try:
+            method, arguments = pipe.recv()
+        except (EOFError, OSError):
+            os._exit(0)
+        try:
+            result = (True, getattr(worker, method)(*arguments))
+        except Exception:
+            result = (False, traceback.format_exc())
+        try:
+            pipe.send(result)
+        except (BrokenPipeError, OSError):
+            os._exit(0)

@@ -1,0 +1,101 @@
+"""Training many clients' jobs as cohorts, in this process or in several, by a `Plan`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from clients.local.training import Fit, Work
+from clients.pool import Pool, available
+from clients.worker import Scores, Worker
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work is laid on the machine. Chosen by the user or by `clients.tuning`; never changes what is computed
+    beyond rounding."""
+
+    device: str = "cpu"
+    dtype: str = "float32"  # of the frozen base; adapters and heads stay float32
+    attention: str = "sdpa"
+    cohort_size: int = 8
+    workers: int = 1
+    threads: int = 1
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def cohorts(works: Sequence[Work], lengths: np.ndarray, size: int, workers: int) -> list[list[int]]:
+    """Indices of the jobs of each cohort: at most ``size`` a cohort, a multiple of ``workers`` cohorts if there is
+    enough work.
+
+    Jobs with like numbers of steps, then of like sample length, go together: little is padded, and a slot seldom
+    ends before its neighbours. Within a cohort the number of steps falls.
+    """
+    if not works:
+        return []
+    mean = [float(lengths[np.concatenate(w.batches)].mean()) for w in works]
+    order = sorted(range(len(works)), key=lambda i: (-len(works[i].batches), -mean[i], works[i].client, i))
+    number = -(-len(works) // size)
+    number = min(len(works), -(-number // workers) * workers)
+    cuts = [len(order) * i // number for i in range(number + 1)]
+    return [order[low:high] for low, high in itertools.pairwise(cuts)]
+
+
+class Trainer:
+    """Runs jobs and evaluations by a `Plan`. Close it when done: it may own processes."""
+
+    def __init__(self, worker: Worker, plan: Plan):
+        self.worker, self.plan = worker, plan
+        # More than one thread too goes to a child: this process must not start a thread pool of its own, since a
+        # process that has one can't fork safely, and a sweep forks again for its next run.
+        apart = plan.device == "cpu" and plan.workers * plan.threads > 1 and available()
+        self.pool = Pool(worker, plan.workers, plan.threads) if apart else None
+        if self.pool is None:
+            torch.set_num_threads(plan.threads)
+
+    def _run(self, tasks: list[tuple[str, tuple]]) -> list[Any]:
+        if self.pool is not None:
+            return self.pool.run(tasks)
+        return [getattr(self.worker, method)(*arguments) for method, arguments in tasks]
+
+    def train(self, works: Sequence[Work]) -> list[Fit]:
+        """The results of the jobs, in their order."""
+        lengths = np.asarray(self.worker.sets["train"].lengths)
+        groups = cohorts(works, lengths, self.plan.cohort_size, self.plan.workers)
+        results = self._run([("fit", ([works[i] for i in group],)) for group in groups])
+        out: list[Fit | None] = [None] * len(works)
+        for group, fits in zip(groups, results, strict=True):
+            for i, fit in zip(group, fits, strict=True):
+                out[i] = fit
+        return [fit for fit in out if fit is not None]
+
+    def evaluate(self, state: np.ndarray, name: str, examples: np.ndarray, batch_size: int) -> Scores:
+        """`Scores` of ``examples`` (indices into the set ``name``) in their order.
+
+        Batches are of like length and do not depend on the number of workers, so neither do the scores.
+        """
+        examples = np.asarray(examples, dtype=np.int64)
+        order = np.argsort(np.asarray(self.worker.sets[name].lengths)[examples], kind="stable")
+        parts = [order[low : low + batch_size] for low in range(0, len(order), batch_size)]
+        results = self._run([("evaluate", (state, name, examples[part])) for part in parts])
+        loss, targets = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
+        predicted = np.zeros(len(examples), dtype=np.int64)
+        for part, scores in zip(parts, results, strict=True):
+            loss[part], targets[part], predicted[part] = scores.loss, scores.targets, scores.predicted
+        return Scores(loss, targets, predicted)
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.close()
+            self.pool = None

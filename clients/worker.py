@@ -1,0 +1,77 @@
+"""One process's share of the work: a cohort, the data, and the local algorithm. Trains one cohort at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from clients.cohort import Cohort, CohortBatch, causal_loss, classification_loss
+from clients.data.tokens import TokenData
+from clients.local.training import Fit, LocalTraining, Work
+from clients.prefix import PrefixCache
+
+
+@dataclass
+class Scores:
+    """What evaluation gives for each example: the summed loss, how many targets it is over, and the predicted class.
+
+    For classification ``targets`` is 1; for a causal language model it is the example's target tokens and ``predicted``
+    is -1.
+    """
+
+    loss: np.ndarray  # (n,) float64
+    targets: np.ndarray  # (n,) int64
+    predicted: np.ndarray  # (n,) int64
+
+
+class Worker:
+    """Trains and evaluates on the examples of ``sets`` (named `TokenData`), with one `Cohort`.
+
+    ``prefix`` is the filled cache of the frozen layers' activations of all sets, or None.
+    """
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        sets: dict[str, TokenData],
+        local: LocalTraining,
+        seed: int,
+        prefix: PrefixCache | None = None,
+    ):
+        self.cohort, self.sets, self.local, self.seed = cohort, sets, local, seed
+        self.prefix = prefix
+
+    def _batch(self, name: str, examples: Sequence[np.ndarray], keys: list | None) -> CohortBatch:
+        data = self.sets[name]
+        batch = CohortBatch.of([data.batch(e) for e in examples], keys, self.cohort.device)
+        return batch if self.prefix is None else self.prefix.lay(name, batch, examples)
+
+    def fit(self, works: Sequence[Work]) -> list[Fit]:
+        """Train one cohort; ``works`` in order of falling number of steps."""
+
+        def make_batch(active: Sequence[int], step: int) -> CohortBatch:
+            keys = None
+            if self.cohort.has_dropout:
+                keys = [(self.seed, works[s].client, works[s].round, step) for s in active]
+            return self._batch("train", [works[s].batches[step] for s in active], keys)
+
+        return self.local.fit(self.cohort, works, make_batch)
+
+    def evaluate(self, state: np.ndarray, name: str, examples: np.ndarray) -> Scores:
+        """`Scores` of the examples of the set ``name`` under ``state`` ``(d,)``: one batch, no dropout."""
+        batch = self._batch(name, [examples], None)
+        with torch.no_grad():
+            row = torch.from_numpy(np.asarray(state, dtype=np.float32)).to(self.cohort.device)[None]
+            logits = self.cohort.logits(self.cohort.layout.views(row), batch)
+            if self.cohort.task == "classification":
+                loss = classification_loss(logits, batch.labels)[0]
+                targets = torch.ones_like(batch.labels[0])
+                predicted = logits[0].argmax(-1)
+            else:
+                targets = (batch.labels[0, :, 1:] != -100).sum(-1)
+                loss = causal_loss(logits, batch.labels)[0] * targets
+                predicted = torch.full_like(targets, -1)
+        return Scores(loss.double().cpu().numpy(), targets.cpu().numpy(), predicted.cpu().numpy())

@@ -1,0 +1,268 @@
+"""Logical clients over few Flower nodes: to a server, every client is a node; a node trains its clients as a cohort.
+
+Client c lives on node ``c % nodes``. All messages for one node in one ``push_messages`` call travel as one Flower
+message, are handed to one call of the node's function, and come back as one. Works over any Flower grid.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.message import make_message
+from flwr.app.metadata import Metadata
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from fl.engine.packing import Content, pack, unpack
+from fl.errors import ShoalError
+
+FIRST_CLIENT = 1_000_000  # client c is node 1000000 + c, apart from the ids of InProcessGrid's nodes
+Handler = Callable[[list[Message], Context], list[Message]]
+
+
+def node_id(client: int) -> int:
+    """The node id under which ``client`` is known to a server."""
+    return FIRST_CLIENT + client
+
+
+def client_of(node: int) -> int:
+    """The client that a node id stands for."""
+    return node - FIRST_CLIENT
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What a reply needs of the message that it answers (not its content)."""
+
+    number: int
+    metadata: Metadata
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.metadata.dst_node_id, self.number
+
+
+class CohortGrid(Grid):
+    """Shows ``num_clients`` clients as nodes of ``grid``, with ids from `node_id`.
+
+    ``nodes`` are the Flower nodes to use, by default all that are connected at the first push; the assignment of
+    clients never changes after that. ``join`` is passed to `fl.engine.packing.pack`; by default it is off when
+    ``grid`` is in this process. Replies come sorted by client, then in the order of pushing. A node that fails, or
+    answers something malformed, becomes an error reply for each of its clients; it never raises.
+    """
+
+    def __init__(self, grid: Grid, num_clients: int, nodes: Sequence[int] | None = None, join: bool | None = None):
+        if num_clients < 1:
+            raise ValueError(f"num_clients must be >= 1, not {num_clients}")
+        self.grid, self.num_clients = grid, num_clients
+        self.join = not getattr(grid, "in_process", False) if join is None else join
+        self._nodes = list(nodes or [])
+        self._numbers = itertools.count(1)
+        self._in_flight: dict[str, list[_Sent]] = {}  # by the id of the node's message
+        self._wanted: set[str] = set()  # ids of clients' messages without a reply yet
+        self._replies: dict[str, tuple[_Sent, Message]] = {}  # by the id of the client's message
+
+    @property
+    def run(self) -> Run:
+        return self.grid.run
+
+    def set_run(self, run: Run) -> None:
+        self.grid.set_run(run)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        return [node_id(client) for client in range(self.num_clients)]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send ``messages`` to their clients; returns their ids. Raises `ShoalError` for an unknown client."""
+        messages = list(messages)
+        for message in messages:
+            if not 0 <= client_of(message.metadata.dst_node_id) < self.num_clients:
+                clients = f"{node_id(0)} to {node_id(self.num_clients - 1)}"
+                raise ShoalError(f"no client has node id {message.metadata.dst_node_id}; they go from {clients}.")
+        cohorts: dict[tuple[int, str], list[tuple[_Sent, Message]]] = {}
+        for message in messages:
+            sent = _Sent(next(self._numbers), message.metadata)
+            sent.metadata.__dict__["_message_id"] = f"c{sent.number}"  # as Flower's grids do; there is no setter
+            cohorts.setdefault((self._node(message), sent.metadata.message_type), []).append((sent, message))
+        self._wanted.update(message.metadata.message_id for message in messages)
+        outgoing = [self._cohort_message(node, kind, cohort) for (node, kind), cohort in cohorts.items()]
+        pushed = list(self.grid.push_messages(outgoing)) if outgoing else []
+        pushed += [""] * (len(outgoing) - len(pushed))  # Flower leaves out, or names None, what it could not send
+        for pushed_id, cohort in zip(pushed, cohorts.values(), strict=True):
+            group = [sent for sent, _ in cohort]
+            if pushed_id:
+                self._in_flight[pushed_id] = group
+            else:
+                self._deliver(group, [Error(ErrorCode.NODE_UNAVAILABLE, "could not be sent")] * len(group))
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies to ``message_ids`` that are here, each once."""
+        if self._in_flight:
+            for reply in self.grid.pull_messages(list(self._in_flight)):
+                group = self._in_flight.pop(reply.metadata.reply_to_message_id, None)
+                if group is not None:
+                    self._deliver(group, _contents(reply, len(group)))
+        here = self._replies.keys() & set(message_ids)
+        return [reply for _, reply in sorted((self._replies.pop(i) for i in here), key=lambda pair: pair[0].order)]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None, poll_s: float = 0.05
+    ) -> list[Message]:
+        """Push, and pull every ``poll_s`` until all have answered or ``timeout`` seconds are over.
+
+        What comes after the timeout is dropped. Replies are sorted as `pull_messages` sorts them.
+        """
+        waiting = set(self.push_messages(messages))
+        deadline = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while waiting:
+            got = self.pull_messages(waiting)
+            replies += got
+            waiting.difference_update(reply.metadata.reply_to_message_id for reply in got)
+            if waiting and deadline is not None and time.monotonic() >= deadline:
+                self._wanted -= waiting
+                break
+            if waiting:
+                time.sleep(poll_s)
+        return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
+
+    def close(self) -> None:
+        """Forget what is on its way, and close the grid below if it can be closed."""
+        self._in_flight.clear()
+        self._replies.clear()
+        self._wanted.clear()
+        if callable(close := getattr(self.grid, "close", None)):
+            close()
+
+    def __enter__(self) -> CohortGrid:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _node(self, message: Message) -> int:
+        if not self._nodes:
+            self._nodes = sorted(self.grid.get_node_ids())
+            if not self._nodes:
+                raise ShoalError("no Flower node is connected, so there is nobody to train.")
+        return self._nodes[client_of(message.metadata.dst_node_id) % len(self._nodes)]
+
+    def _cohort_message(self, node: int, kind: str, cohort: list[tuple[_Sent, Message]]) -> Message:
+        sent = [message.metadata for _, message in cohort]
+        groups = [metadata.group_id for metadata in sent]
+        clients, ids = [client_of(m.dst_node_id) for m in sent], [m.message_id for m in sent]
+        header = {"clients": clients, "ids": ids, "groups": groups, "join": self.join}
+        content = pack([message.content for _, message in cohort], header, join=self.join)
+        group = groups[0] if len(set(groups)) == 1 else ""
+        return Message(content, node, kind, ttl=max(m.ttl for m in sent), group_id=group)
+
+    def _deliver(self, group: list[_Sent], contents: Sequence[Content]) -> None:
+        for sent, content in zip(group, contents, strict=True):
+            if (message_id := sent.metadata.message_id) in self._wanted:
+                self._wanted.remove(message_id)
+                self._replies[message_id] = (sent, _reply_to(sent.metadata, content))
+
+
+def _contents(reply: Message, count: int) -> Sequence[Content]:
+    """What ``reply``, a node's answer, holds for each of its ``count`` clients. Never raises."""
+    try:
+        if reply.has_error():
+            return [reply.error] * count
+        contents = unpack(reply.content)[1]
+        if len(contents) != count:
+            raise ValueError(f"{len(contents)} contents for {count} clients")
+        return contents
+    except Exception as error:  # the node decides what is in it, so anything may break
+        text = f"malformed reply of node {reply.metadata.src_node_id} ({type(error).__name__}: {error!s:.200})"
+        return [Error(ErrorCode.UNKNOWN, text)] * count
+
+
+def _reply_to(request: Metadata, content: Content) -> Message:
+    metadata = Metadata(
+        run_id=request.run_id,
+        message_id=f"r{request.message_id}",
+        src_node_id=request.dst_node_id,
+        dst_node_id=request.src_node_id,
+        reply_to_message_id=request.message_id,
+        group_id=request.group_id,
+        created_at=request.created_at,
+        ttl=request.ttl,
+        message_type=request.message_type,
+    )
+    if isinstance(content, Error):
+        return make_message(metadata, error=content)
+    return make_message(metadata, content=content)
+
+
+def cohort_app(train: Handler, evaluate: Handler | None = None, remember: int = 4) -> ClientApp:
+    """The ClientApp of a node under a `CohortGrid`: gives all messages that came together to one call.
+
+    ``train`` and ``evaluate`` get the clients' messages (``metadata.dst_node_id`` is `node_id` of the client) and the
+    node's context, and return a reply to each, made with ``Message(content or Error, reply_to=message)``, in any
+    order; a client without one gets an error. If the call raises, Flower answers for the node, so for every client.
+
+    Flower may deliver a message twice over a network. The last ``remember`` replies are kept by run and message id and
+    sent again instead of running twice. Within a process (``join`` off) a message comes once and nothing is kept.
+    """
+    app = ClientApp()
+    remembered: OrderedDict[tuple[int, str], RecordDict] = OrderedDict()
+
+    def register(kind: Callable[[], Callable[[Handler], Handler]], handler: Handler) -> None:
+        def answer(message: Message, context: Context) -> Message:
+            key = (message.metadata.run_id, message.metadata.message_id)
+            if key not in remembered:
+                header, contents = unpack(message.content)
+                packed = _run(handler, message, header, contents, context)
+                if not header["join"]:
+                    return Message(packed, reply_to=message)
+                remembered[key] = packed
+                if len(remembered) > remember:
+                    remembered.popitem(last=False)
+            return Message(remembered[key], reply_to=message)
+
+        kind()(answer)  # type: ignore[arg-type]
+
+    register(app.train, train)  # type: ignore[arg-type]
+    if evaluate is not None:
+        register(app.evaluate, evaluate)  # type: ignore[arg-type]
+    return app
+
+
+def _run(handler: Handler, message: Message, header: dict, contents: Sequence[Content], context: Context) -> RecordDict:
+    """Give ``handler`` one message for each client, and pack its replies in the same order."""
+    messages = []
+    for client, message_id, group, content in zip(
+        header["clients"], header["ids"], header["groups"], contents, strict=True
+    ):
+        if isinstance(content, Error):
+            raise ValueError(content.reason)
+        metadata = Metadata(
+            run_id=message.metadata.run_id,
+            message_id=message_id,
+            src_node_id=message.metadata.src_node_id,
+            dst_node_id=node_id(client),
+            reply_to_message_id="",
+            group_id=group,
+            created_at=message.metadata.created_at,
+            ttl=message.metadata.ttl,
+            message_type=message.metadata.message_type,
+        )
+        messages.append(make_message(metadata, content=content))
+    replies = {reply.metadata.reply_to_message_id: reply for reply in handler(messages, context)}
+    missing = Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "the node has no reply for this client")
+    answers = [replies.get(message_id) for message_id in header["ids"]]
+    packed = [missing if r is None else r.error if r.has_error() else r.content for r in answers]
+    return pack(packed, {}, join=header["join"])

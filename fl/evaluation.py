@@ -1,0 +1,42 @@
+"""Evaluation: when it happens, and its numbers from the scores of the examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clients.worker import Scores
+from fl import metrics
+from fl.config import setting
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The ``evaluation=`` group. Evaluating never moves a random stream or the clock."""
+
+    every: int = setting(1, ge=0, help="rounds between evaluations on the central test set; 0: only the last")
+    clients: str = setting("final", choices=["never", "final", "always"], help="evaluate each client's own test set")
+    batch_size: int = setting(64, ge=1, help="examples in one forward pass")
+
+    def central(self, round: int, last: bool) -> bool:
+        """Whether the central test set is due after ``round`` (0: before training)."""
+        return last or round == 0 or (self.every > 0 and round % self.every == 0)
+
+    def per_client(self, round: int, last: bool) -> bool:
+        """Whether the clients' own test sets are due after ``round``."""
+        return (self.clients == "always" and self.central(round, last)) or (self.clients == "final" and last)
+
+
+def numbers(scores: Scores, labels: np.ndarray | None) -> dict[str, Any]:
+    """Loss per target, and accuracy and macro-F1, or perplexity where ``labels`` is None (causal LM)."""
+    targets = int(scores.targets.sum())
+    loss = float(scores.loss.sum() / targets) if targets else None
+    if labels is None:
+        return {"loss": loss, "perplexity": metrics.perplexity(loss)}
+    return {
+        "loss": loss,
+        "accuracy": metrics.accuracy(scores.predicted, labels),
+        "macro_f1": metrics.macro_f1(scores.predicted, labels),
+    }

@@ -1,0 +1,200 @@
+"""From settings to the objects of one run: data dealt out, adapter attached, work laid on the machine."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from aggregators.base import Aggregator, ServerOptimizer
+from clients import tuning
+from clients.adapters.base import Adapter
+from clients.behaviours.base import Behaviour
+from clients.cohort import Cohort
+from clients.data.federated import FederatedData, federate
+from clients.data.partition import Partition
+from clients.data.source import Source
+from clients.data.tokens import TokenData
+from clients.local.training import LocalTraining
+from clients.models import Base, ModelSpec
+from clients.prefix import PrefixCache, first_adapted_layer
+from clients.trainer import Plan, Trainer
+from clients.worker import Worker
+from fl.config import build, setting
+from fl.engine.settings import InProcess
+from fl.errors import ConfigError
+from fl.evaluation import Evaluation
+from fl.network import Network
+from fl.node import Node
+from fl.sampling import Sampling
+from fl.schedules.base import Schedule
+from privacy.base import Privacy
+
+# The base and its head start from the same draws in every run; the adapter's own draws are the run's seed's.
+BASE_SEED = 0
+# Activations of frozen layers are kept up to this many bytes unless asked for.
+PREFIX_LIMIT = 2 << 30
+
+
+@dataclass(frozen=True)
+class Clients:
+    """How many data holders there are, and how many of them a round asks (null: all)."""
+
+    number: int | None = setting(10, ge=1, help="clients; null: as many as the partition finds (natural)")
+    per_round: int | None = setting(None, ge=1, help="clients that a round asks; null: all")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One experiment: every group's choice, checked. Built by `fl.config.build` from the composed configuration."""
+
+    model: ModelSpec
+    data: Source
+    partition: Partition
+    adapter: Adapter
+    local: LocalTraining
+    sampling: Sampling
+    schedule: Schedule
+    network: Network
+    aggregator: Aggregator
+    server_optimizer: ServerOptimizer
+    engine: InProcess
+    privacy: Privacy
+    attack: Behaviour
+    evaluation: Evaluation
+    clients: Clients
+    name: str = setting("run", help="names the run's folder")
+    seed: int = setting(0, ge=0, help="every random draw comes from it")
+    checkpoint_every: int = setting(1, ge=1, help="rounds between checkpoints")
+    report: bool = setting(True, help="write report.html and the plots")
+
+    @classmethod
+    def of(cls, resolved: Mapping[str, Any]) -> Settings:
+        """Check the composed configuration. Raises `ConfigError`."""
+        settings: Settings = build(resolved, "", cls)
+        if not settings.name or any(c in settings.name for c in "/\\\0") or settings.name.startswith("."):
+            raise ConfigError("name", settings.name, "a name that can be a folder's")
+        number, per_round = settings.clients.number, settings.clients.per_round
+        if number is not None and per_round is not None and per_round > number:
+            raise ConfigError("clients.per_round", per_round, f"at most clients.number, which is {number}")
+        return settings
+
+
+@dataclass
+class Shared:
+    """What runs of one process share: tokenised sets and loaded base models, each under its content's name.
+
+    A run that adapts a base works on a structural copy, whose frozen tensors are the shared ones.
+    """
+
+    tokens: dict[str, tuple[TokenData, TokenData]] = field(default_factory=dict)
+    bases: dict[tuple, Base] = field(default_factory=dict)
+
+    def data(self, settings: Settings) -> tuple[TokenData, TokenData]:
+        key = f"{settings.data!r} {settings.model.fingerprint()}"
+        if key not in self.tokens:
+            self.tokens[key] = settings.data.load(settings.model)
+        return self.tokens[key]
+
+    def base(self, spec: ModelSpec, labels: int | None, dtype: torch.dtype, attention: str, device: str) -> Base:
+        """A fresh structural copy of the base: adapting it leaves the shared one as it is."""
+        key = (spec.fingerprint(), labels, dtype, attention, device)
+        if key not in self.bases:
+            while len(self.bases) >= 4:  # measuring loads one of each kind; memory is for the one that is used
+                self.bases.pop(next(iter(self.bases)))
+            self.bases[key] = spec.load(labels, BASE_SEED, dtype=dtype, attention=attention, device=device)
+        base = self.bases[key]
+        tensors = {id(t): t for t in (*base.module.parameters(), *base.module.buffers())}
+        module: nn.Module = copy.deepcopy(base.module, tensors)
+        return Base(module, base.tokenizer, base.task, base.head, base.name, base.fingerprint)
+
+
+class Experiment:
+    """One run's data, adapter and node, made when they are first needed. Close it when done."""
+
+    def __init__(self, settings: Settings, shared: Shared | None = None, note: Callable[[str], None] = lambda _: None):
+        self.settings, self.shared, self.note = settings, shared or Shared(), note
+        self._trainer: Trainer | None = None
+        self.plan: Plan | None = None
+
+    @cached_property
+    def data(self) -> FederatedData:
+        """The federated data; checks the settings that depend on it."""
+        s = self.settings
+        train, test = self.shared.data(s)
+        data = federate(train, test, s.partition, s.clients.number, s.seed, s.data.client_test_fraction)
+        if s.clients.per_round is not None and s.clients.per_round > len(data):
+            raise ConfigError("clients.per_round", s.clients.per_round, f"at most the {len(data)} clients there are")
+        s.network.check(len(data))
+        s.attack.affected(len(data), s.seed)
+        return data
+
+    @property
+    def per_round(self) -> int:
+        return self.settings.clients.per_round or len(self.data)
+
+    @property
+    def num_labels(self) -> int | None:
+        return len(self.data.train.label_names) if self.settings.model.task == "classification" else None
+
+    def cohort(self, dtype: torch.dtype, attention: str, device: str) -> Cohort:
+        """A fresh cohort over the shared base."""
+        s = self.settings
+        base = self.shared.base(s.model, self.num_labels, dtype, attention, device)
+        model = s.adapter.attach(base, s.model.target_modules, s.seed)
+        return Cohort(model, base.task, device)
+
+    def choose_plan(self) -> Plan:
+        """Measure, or look up, how to lay the work on the machine."""
+        s = self.settings
+        parts = sorted(self.data.parts, key=len, reverse=True)
+        typical = [s.local.batches(s.seed, c, 0, part)[0] for c, part in enumerate(parts[: min(16, self.per_round)])]
+        probe = tuning.Probe(
+            self.cohort, [self.data.train.batch(b) for b in typical], s.local.optimizer, s.local.accumulation
+        )
+        shape = [s.model.fingerprint(), s.adapter, s.local.batch_size, s.local.accumulation, s.data.max_length]
+        self.plan = tuning.choose(s.engine, probe, self.per_round, [*shape, s.local.optimizer], self.note)
+        return self.plan
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """The trainer under the chosen plan; owns worker processes, so `close` it."""
+        torch.set_num_threads(1)
+        plan = self.plan or self.choose_plan()
+        cohort = self.cohort(plan.torch_dtype, plan.attention, plan.device)
+        sets = {"train": self.data.train, "test": self.data.test}
+        worker = Worker(cohort, sets, self.settings.local, self.settings.seed, self._prefix(cohort, sets))
+        self._trainer = Trainer(worker, plan)
+        return self._trainer
+
+    def _prefix(self, cohort: Cohort, sets: Mapping[str, TokenData]) -> PrefixCache | None:
+        wanted = self.settings.model.prefix_cache
+        possible = not cohort.has_dropout and first_adapted_layer(cohort)[0] is not None
+        if wanted == "always" and not possible:
+            reason = "dropout is on" if cohort.has_dropout else "no layer lies below the first adapter"
+            raise ConfigError("model.prefix_cache", wanted, f"not possible here: {reason}", "Use auto or never.")
+        if wanted == "never" or not possible:
+            return None
+        cache = PrefixCache(cohort, sets)
+        size = cache.bytes_needed()
+        if wanted == "auto" and size > PREFIX_LIMIT:
+            cache.remove()
+            return None
+        self.note(f"Computing the {cache.cut} frozen layers below the first adapter once ({size / 1e6:.0f} MB) ...")
+        cache.fill()
+        return cache
+
+    @cached_property
+    def node(self) -> Node:
+        """The node that holds all clients."""
+        s = self.settings
+        return Node(self.trainer, self.data, s.local, s.attack, s.seed, self.trainer.worker.cohort.layout.hash)
+
+    def close(self) -> None:
+        if self._trainer is not None:
+            self._trainer.close()

@@ -1,0 +1,296 @@
+"""The report of one run: headline numbers, curves, clients, partition, refusals, settings, versions, privacy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fl.report.client_plots import client_history, client_picture, partition_picture, timeline_picture
+from fl.report.groups import show
+from fl.report.load import Run, number
+from fl.report.numbers import DASH, compact, describe, human, write
+from fl.report.page import Markup, card, figure, join, page, table, tabs, tag
+from fl.report.plots import run_curves, spend_picture
+from fl.report.style import Picture
+from fl.report.tables import final_rows
+
+REASONS = {  # the reasons of fl.validation, in words
+    "unexpected": "nobody had asked for it",
+    "duplicate": "this work had been answered before",
+    "late": "it arrived after the round was over",
+    "error": "the client failed",
+    "schema": "it did not have the records that were asked for",
+    "version": "it was made from another version, or for another round",
+    "layout": "its tensors were another model's or adapter's",
+    "shape": "it did not have the right number of values",
+    "not_finite": "a value was NaN or infinite",
+    "too_large": "its norm was over the limit",
+    "weight": "it claimed more examples than there can be",
+    "missing": "it never arrived",
+}
+
+
+def run_page(run: Run) -> tuple[str, list[Picture]]:
+    """The HTML page of ``run`` and the figures that stand in it."""
+    curves = run_curves(run)
+    spent = spend_picture(run)
+    clients = [p for p in (client_picture(run), client_history(run)) if p is not None]
+    held = partition_picture(run)
+    timeline = timeline_picture(run)
+    body = [
+        _header(run),
+        _banners(run),
+        _tiles(run),
+        _curves_card(curves, spent),
+        _final_card(run),
+        tag("div", _rejected_card(run), privacy_card(run), class_="columns"),
+        _clients_card(run, clients),
+        _partition_card(run, held),
+        card("Timeline", figure(timeline), note=_TIMELINE) if timeline is not None else None,
+        settings_card(run),
+        footer(run, run.folder),
+    ]
+    pictures = [picture for _, some in curves for picture in some]
+    pictures += [p for p in (spent, *clients, held, timeline) if p is not None]
+    return page(f"{run.experiment}, seed {run.seed}: {run.status}", *body), pictures
+
+
+_TIMELINE = (
+    "One bar is one client's work, from the version it started from to the arrival of its update. Dashed lines are "
+    "new versions of the shared adapter."
+)
+
+
+def _header(run: Run) -> Markup:
+    info = run.info
+    facts: list[tuple[str, Any]] = [
+        ("model", info.get("model")),
+        ("data", info.get("data")),
+        ("clients", info.get("num_clients")),
+        ("adapter", info.get("adapter")),
+        ("seed", run.seed),
+    ]
+    trained, total = number(info.get("trainable_parameters")), number(info.get("total_parameters"))
+    if trained is not None:
+        of = f" of {compact(total)}" if total else ""
+        facts.append(("trained parameters", f"{compact(trained)}{of}"))
+    items = [tag("li", name, " ", tag("b", value)) for name, value in facts if value is not None]
+    return tag(
+        "header",
+        tag("p", "Shoal run", when(run), class_="kicker"),
+        tag("h1", run.experiment, status(run)),
+        tag("ul", *items, class_="facts"),
+        class_="top",
+    )
+
+
+def status(run: Run) -> Markup:
+    """How a run ended, as a coloured label."""
+    kind = run.status if run.status in ("completed", "failed") else "other"
+    return tag("span", run.status, class_=f"status {kind}")
+
+
+def when(run: Run) -> str:
+    """`` of 14 March 2026, 09:26`` or nothing."""
+    try:
+        started = datetime.fromisoformat(str(run.info.get("started")))
+    except ValueError:
+        return ""
+    return f" of {started.day} {started:%B %Y, %H:%M}" + (f" {started:%Z}" if started.tzinfo else "")
+
+
+def _banners(run: Run) -> Markup:
+    found = []
+    done, planned = number(run.final.get("rounds")), number(run.settings.get("schedule.rounds"))
+    reached = f"{done:,.0f} of {planned:,.0f} rounds were done" if done is not None and planned else ""
+    if run.status == "failed":
+        why = str(run.info.get("error") or "The run failed.")
+        found.append(tag("p", why, f" ({reached})" if reached else "", class_="banner failed"))
+    elif not run.completed:
+        text = f"This run has not ended ({run.status}): {reached or 'the numbers are those so far'}. "
+        found.append(tag("p", text, "Go on with ", tag("code", f"shoal run --resume {run.folder}"), class_="banner"))
+    if run.skipped_lines:
+        lines = "1 line" if run.skipped_lines == 1 else f"{run.skipped_lines:,} lines"
+        found.append(tag("p", f"Left out, because unreadable: {lines} of metrics.jsonl.", class_="banner"))
+    return join(found)
+
+
+def _tiles(run: Run) -> Markup:
+    numbers, start = run.numbers, next((e for e in run.tests if e.get("round") == 0), {})
+    before = number(start.get(run.metric))
+    tiles = []
+    main = run.metric if run.metric in numbers else f"client_{run.metric}_mean"
+    if main in numbers:
+        remark = f"{write(run.metric, before)} before training" if before is not None and main == run.metric else ""
+        tiles.append(tile(describe(main).label, write(main, numbers[main]), remark, main=True))
+    if "loss" in numbers:
+        first = number(start.get("loss"))
+        remark = f"{write('loss', first)} before training" if first is not None else ""
+        tiles.append(tile("Test loss", write("loss", numbers["loss"]), remark))
+    if "epsilon" in numbers:
+        tiles.append(tile("Privacy loss", f"ε = {write('epsilon', numbers['epsilon'])}"))
+    if "rounds" in numbers:
+        steps = f"{numbers['client_steps']:,.0f} client steps" if "client_steps" in numbers else ""
+        tiles.append(tile("Rounds", write("rounds", numbers["rounds"]), steps))
+    up, down = numbers.get("bytes_up"), numbers.get("bytes_down")
+    if up is not None or down is not None:
+        split = f"{human(up, 'bytes')} up, {human(down, 'bytes')} down"
+        tiles.append(tile("Traffic", human((up or 0) + (down or 0), "bytes"), split))
+    if "wall_s" in numbers:
+        virtual = f"{write('virtual_s', numbers['virtual_s'])} virtual" if numbers.get("virtual_s") else ""
+        tiles.append(tile("Wall time", write("wall_s", numbers["wall_s"]), virtual))
+    if "client_steps_per_s" in numbers:
+        tokens = f"{numbers['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in numbers else ""
+        tiles.append(tile("Client steps / s", f"{numbers['client_steps_per_s']:,.3g}", tokens))
+    return tag("dl", *tiles, class_="tiles") if tiles else Markup("")
+
+
+def tile(name: str, value: str, remark: str = "", main: bool = False) -> Markup:
+    """One headline number."""
+    shown = tag("dd", value, tag("small", remark) if remark else None)
+    return tag("div", tag("dt", name), shown, class_="tile main" if main else "tile")
+
+
+def _curves_card(curves: Any, spent: Picture | None) -> Markup:
+    if not curves:
+        return card("Training", note="Nothing has been evaluated yet.")
+    views = []
+    for axis, pictures in curves:
+        shown = [figure(p) for p in pictures]
+        if axis.key == "epsilon" and spent is not None:
+            shown.append(figure(spent))
+        note = None
+        if axis.key == "wall_s":
+            note = tag("p", "Virtual time stands still on an instant network; this is wall time.", class_="note")
+        views.append((axis.key, axis.tab, join([note, tag("div", *shown, class_="figures")])))
+    return card("Training", tabs("Horizontal axis", views))
+
+
+def _final_card(run: Run) -> Markup:
+    rows = [(label, value, tag("small", remark)) for label, value, remark in final_rows(run)]
+    if not rows:
+        return card("Final numbers", note="There are none yet.")
+    half = (len(rows) + 1) // 2
+    halves = [table((), part, class_="final") for part in (rows[:half], rows[half:]) if part]
+    return card("Final numbers", tag("div", *halves, class_="columns"))
+
+
+def _rejected_card(run: Run) -> Markup:
+    heard = len(run.clients)
+    accepted = sum(1 for event in run.clients if event.get("accepted"))
+    of = f"{accepted:,} of {heard:,} updates were accepted." if heard else ""
+    if not run.rejected:
+        return card("Rejected updates", note=of or "None.")
+    most = max(run.rejected.values())
+    rows = []
+    for reason, count in run.rejected.items():
+        bar = tag("span", class_="bar", style=f"width:{100 * count / most:.0f}%")
+        why = REASONS.get(reason)
+        rows.append(([tag("code", reason), tag("br"), tag("small", why)] if why else tag("code", reason), count, bar))
+    return card("Rejected updates", table(("reason", "updates", ""), rows, class_="reasons"), note=of)
+
+
+def _clients_card(run: Run, pictures: list[Picture]) -> Markup | None:
+    if not pictures:
+        return None
+    last = run.client_tests[-1]
+    parts = [
+        f"{name} {write(run.metric, number(last.get(key)))}"
+        for name, key in (("mean", "mean"), ("worst decile", "worst_decile"), ("standard deviation", "std"))
+    ]
+    note = f"On each client's own held-out samples after round {last.get('round')}: {', '.join(parts)}."
+    without = sum(number(v) is None for v in last.get("per_client") or [])
+    if without:
+        note += f" {'1 client has' if without == 1 else f'{without:,} clients have'} none."
+    return card("Clients", tag("div", *[figure(p) for p in pictures], class_="figures"), note=note)
+
+
+def _partition_card(run: Run, picture: Picture | None) -> Markup | None:
+    if picture is None:
+        return None
+    sizes = sorted(int(v) for v in run.partition["sizes"])
+    n = len(sizes)
+    facts = [
+        ("clients", f"{n:,}"),
+        ("training samples", f"{sum(sizes):,}"),
+        ("smallest, median, largest", f"{sizes[0]:,}, {sizes[n // 2]:,}, {sizes[-1]:,}"),
+    ]
+    held_out = [v for v in run.partition.get("test_sizes") or [] if number(v) is not None]
+    if any(held_out):
+        facts.append(("held out at clients", f"{sum(held_out):,}"))
+    tokens = [v for v in run.partition.get("tokens") or [] if number(v) is not None]
+    if tokens:
+        facts.append(("training tokens", f"{sum(tokens):,}"))
+    for key, value in run.settings.items():
+        if key.startswith("partition."):
+            name = key.removeprefix("partition.")
+            facts.append(("method" if name == "_target_" else name, _short(name, value)))
+    listed = tag("dl", *[[tag("dt", k), tag("dd", v)] for k, v in facts], class_="facts-list")
+    return card("Who holds what", tag("div", figure(picture), listed, class_="figures"))
+
+
+def privacy_card(run: Run) -> Markup:
+    """What is promised about privacy, in words."""
+    text = str(run.info.get("privacy") or "This run makes no statement about privacy.")
+    return card("Privacy", tag("p", text), class_="card privacy")
+
+
+def settings_card(run: Run, common: Mapping[str, Any] | None = None, title: str = "How it was run") -> Markup:
+    """Settings, engine and versions, folded; what was set on the command line is marked."""
+    settings = run.settings if common is None else common
+    groups: dict[str, list[tuple[str, Any]]] = {}
+    for key, value in settings.items():
+        first, _, rest = key.partition(".")
+        groups.setdefault(first if rest else "", []).append((rest or key, value))
+    given = run.overrides if common is None else {}
+    sections = []
+    for name, pairs in sorted(groups.items()):
+        rows = []
+        for key, value in pairs:
+            full = f"{name}.{key}" if name else key
+            text: Any = _short(key, value)
+            rows.append(
+                [tag("dt", "type" if key == "_target_" else key), tag("dd", _marked(text) if full in given else text)]
+            )
+        sections.append(tag("section", tag("h3", name or "experiment"), tag("dl", *rows)))
+    engine = [(k, v) for k, v in dict(run.info.get("engine") or {}).items() if v is not None]
+    machine = [("machine", run.info.get("device")), ("commit", run.info.get("commit"))] + engine
+    parts: list[Markup | None] = []
+    if sections:
+        count = tag("span", f" {len(settings)}")
+        parts.append(tag("details", tag("summary", "Settings", count), tag("div", *sections, class_="settings")))
+    if common is None and run.info.get("overrides"):
+        line = " ".join(str(v) for v in run.info["overrides"])
+        parts.append(tag("details", tag("summary", "Given on the command line"), tag("code", line), open=True))
+    parts.append(_folded("Engine", machine))
+    parts.append(_folded("Versions", list(dict(run.info.get("versions") or {}).items())))
+    known = any(part is not None for part in parts)
+    return card(title, *parts, note="" if known else "Not known: the run left no run.json.")
+
+
+def _marked(text: str) -> Markup:
+    return tag("span", text, class_="set", title="given on the command line")
+
+
+def _folded(name: str, pairs: list[tuple[str, Any]]) -> Markup | None:
+    rows = [[tag("dt", key), tag("dd", show(value))] for key, value in pairs if value is not None]
+    if not rows:
+        return None
+    short = ", ".join(f"{key} {show(value)}" for key, value in pairs[:3] if value is not None) + (
+        " ..." if len(rows) > 3 else ""
+    )
+    return tag("details", tag("summary", name, tag("span", f" {short}")), tag("dl", *rows, class_="facts-list"))
+
+
+def _short(key: str, value: Any) -> str:
+    """A setting's value; of a class's full name only the last part."""
+    text = show(value)
+    return text.rpartition(".")[2] if key.endswith("_target_") else text or DASH
+
+
+def footer(run: Run, folder: Path) -> Markup:
+    """Where the page came from."""
+    version = dict(run.info.get("versions") or {}).get("shoal")
+    return tag("footer", f"Written by Shoal{f' {version}' if version else ''} from ", tag("code", folder.name))

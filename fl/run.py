@@ -1,0 +1,232 @@
+"""One run from its words on the command line to its folder: what `shoal run` does."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from fl import environment
+from fl.compose import RUN_DIR, compose, flat
+from fl.errors import RunStopped, ShoalError
+from fl.experiment import Experiment, Settings, Shared
+from fl.progress import Progress, header
+from fl.records import RunFolder, read_run
+
+
+@dataclass
+class Outcome:
+    """What became of a run: its folder and run.json."""
+
+    folder: Path
+    run: dict[str, Any]
+
+
+def run(
+    overrides: Sequence[str],
+    *,
+    folder: Path | None = None,
+    shared: Shared | None = None,
+    quiet: bool = False,
+    console: Console | None = None,
+) -> Outcome:
+    """Compose, check and run one experiment. Raises `ShoalError` (its checkpoint and records are kept)."""
+    resolved, folders = compose(overrides)
+    settings = Settings.of(resolved)
+    where = folder or folders[RUN_DIR]
+    return _go(settings, resolved, list(overrides), RunFolder(where), False, shared, quiet, console)
+
+
+def resume(folder: Path, *, quiet: bool = False, console: Console | None = None) -> Outcome:
+    """Go on with the run in ``folder`` from its last checkpoint, to the same end as if it had never stopped."""
+    before = read_run(folder)
+    try:
+        resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    except OSError as error:
+        raise ShoalError(f"{folder} holds no run to resume ({error}).") from error
+    if before is not None and before.get("status") == "completed":
+        raise ShoalError(f"The run in {folder} is complete; there is nothing to resume.")
+    settings = Settings.of(resolved)
+    return _go(settings, resolved, None, RunFolder(folder, resume=True), True, None, quiet, console)
+
+
+def _go(
+    settings: Settings,
+    resolved: dict[str, Any],
+    overrides: list[str] | None,
+    folder: RunFolder,
+    resuming: bool,
+    shared: Shared | None,
+    quiet: bool,
+    console: Console | None,
+) -> Outcome:
+    # Flower and torch are imported by what follows; a wrong setting has been refused before.
+    from clients.data.summary import format_summary
+    from fl.client_app import client_app
+    from fl.engine.cohort_grid import CohortGrid
+    from fl.engine.flower import quiet_flower
+    from fl.engine.in_process import InProcessGrid
+    from fl.server_app import Server
+
+    quiet_flower()
+    console = console or Console()
+    say = (lambda text: None) if quiet else (lambda text: console.print(text, highlight=False))
+    record = _started(settings, resolved, overrides, folder)
+    folder.write_config(resolved)
+    folder.write_run(record)
+    experiment = Experiment(settings, shared, say)
+    server: Server | None = None
+    try:
+        say(f"Loading {record['model']} and {record['data']} ...")
+        summary = experiment.data.summary()
+        if not quiet:
+            console.print(format_summary(summary))
+        plan = experiment.choose_plan()
+        resolved["engine"] |= plan.settings()
+        trainer = experiment.trainer
+        record |= _described(experiment, summary)
+        record["settings"] = flat(resolved)
+        folder.write_config(resolved)
+        folder.write_run(record)
+        if not quiet:
+            console.print(header(_shown(record, settings, str(folder.path))))
+        jobs = experiment.per_round
+        with (
+            Progress(settings.schedule.rounds, jobs, quiet=quiet, console=console) as progress,
+            CohortGrid(
+                InProcessGrid(
+                    client_app(experiment.node, settings.evaluation.batch_size), copy=settings.engine.message_copy
+                ),
+                len(experiment.data),
+            ) as grid,
+        ):
+            server = Server(experiment, folder, progress, resuming)
+            server.app()(grid, grid.grid.server_context())
+        say("Saving the adapter and evaluating it in float32 ...")
+        from fl.saving import export
+
+        scores = export(experiment, server.world.server.vector, folder.path / "adapter", _card(record, resolved))
+        final = {**server.final(), **{k: v for k, v in scores.items() if k != "examples"}}
+        record |= {"status": "completed", "final": final}
+        assert trainer is experiment.trainer
+    except KeyboardInterrupt:
+        record |= {"status": "interrupted"}
+        raise
+    except RunStopped:
+        record |= {"status": "failed"}
+        raise
+    except BaseException:
+        record |= {"status": "failed"}
+        raise
+    finally:
+        experiment.close()
+        if server is not None and server.world is not None:
+            record.setdefault("final", None)
+            record["final"] = record["final"] or server.final()
+            record["final"]["peak_memory_bytes"] = (
+                environment.peak_device_memory_bytes() or environment.peak_memory_bytes()
+            )
+        record["finished"] = _now()
+        folder.write_run(record)
+        folder.close()
+    if settings.report:
+        from fl.report.html import write_report
+
+        write_report([folder.path], folder.path / "report.html")
+    return Outcome(folder.path, record)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _started(
+    settings: Settings, resolved: Mapping[str, Any], overrides: list[str] | None, folder: RunFolder
+) -> dict[str, Any]:
+    """run.json as it is known before anything is loaded. A resumed run keeps when, and with what words, it began."""
+    before = read_run(folder.path) or {}
+    words = before.get("overrides", []) if overrides is None else overrides
+    if overrides is not None:
+        folder.write_overrides(overrides)
+    experiment = next((w.partition("=")[2] for w in words if w.startswith("experiment=")), None)
+    return {
+        "name": settings.name,
+        "experiment": experiment,
+        "seed": settings.seed,
+        "status": "running",
+        "started": before.get("started") or _now(),
+        "finished": None,
+        "versions": environment.versions(),
+        "commit": environment.git_commit(),
+        "model": _choice(settings.model),
+        "data": _choice(settings.data),
+        "task": settings.model.task,
+        "adapter": _choice(settings.adapter),
+        "privacy": settings.privacy.statement(),
+        "settings": flat(resolved),
+        "overrides": words,
+    }
+
+
+def _choice(part: Any) -> str:
+    """What a group's choice is called for people: its own name where it has one, else its class's."""
+    for name in ("name", "path", "method", "architecture"):
+        value = getattr(part, name, None)
+        if isinstance(value, str):
+            return value
+    return type(part).__name__
+
+
+def _described(experiment: Experiment, summary: dict[str, Any]) -> dict[str, Any]:
+    cohort = experiment.trainer.worker.cohort
+    plan = experiment.trainer.plan
+    frozen = sum(p.numel() for p in cohort.model.parameters())
+    return {
+        "device": environment.device_name(plan.device),
+        "num_clients": len(experiment.data),
+        "trainable_parameters": cohort.layout.size,
+        "total_parameters": frozen + cohort.layout.size,
+        "engine": plan.settings(),
+        "partition": summary,
+    }
+
+
+def _shown(record: Mapping[str, Any], settings: Settings, folder: str) -> dict[str, Any]:
+    from clients.trainer import Plan
+    from clients.tuning import describe
+
+    return {
+        "experiment": record["name"],
+        "model": f"{record['model']}, {record['trainable_parameters']:,} of {record['total_parameters']:,} train",
+        "adapter": record["adapter"],
+        "data": f"{record['data']}, {record['num_clients']} clients ({type(settings.partition).__name__.lower()})",
+        "local": f"{type(settings.local.optimizer).__name__}, lr {settings.local.lr:g}, "
+        + (f"{settings.local.steps} steps" if settings.local.steps else f"{settings.local.epochs:g} epochs")
+        + f" of {settings.local.batch_size}",
+        "server": f"{type(settings.aggregator).__name__}, {settings.schedule.rounds} rounds",
+        "engine": describe(Plan(**record["engine"])),
+        "privacy": "none" if "No privacy" in record["privacy"] else record["privacy"],
+        "seed": record["seed"],
+        "folder": folder,
+    }
+
+
+def _card(record: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "name": record["name"],
+        "base_model": record["model"],
+        "adapter": record["adapter"],
+        "trainable": record["trainable_parameters"],
+        "data": record["data"],
+        "clients": record["num_clients"],
+        "partition": resolved["partition"]["_target_"].rpartition(".")[2],
+        "rounds": resolved["schedule"]["rounds"],
+        "seed": record["seed"],
+        "privacy": record["privacy"],
+        "model_settings": resolved["model"],
+    }

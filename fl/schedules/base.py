@@ -1,0 +1,97 @@
+"""What every schedule works with: the clients behind a Flower grid, virtual time, and the rules that make an update.
+
+A schedule is a generator of events (plain dictionaries, as in metrics.jsonl, without wall-clock fields). It yields at
+every change, so that whoever drives it can record, evaluate, checkpoint, or stop.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from aggregators.base import Aggregator, ServerOptimizer
+from clients.local.training import LocalTraining
+from fl.clock import Clock
+from fl.config import setting
+from fl.messages import EvaluateRequest, TrainRequest, freeze, payload_bytes
+from fl.network import Network
+from fl.sampling import Sampling
+from fl.state import ServerState
+from fl.validation import Validator
+
+Event = dict[str, Any]
+
+
+@dataclass
+class World:
+    """The parts of one run that a schedule needs. ``server`` and ``clock`` are what a checkpoint keeps."""
+
+    grid: Grid
+    nodes: Sequence[int]  # node id of each client
+    seed: int
+    per_round: int
+    server: ServerState
+    aggregator: Aggregator
+    optimizer: ServerOptimizer
+    sampling: Sampling
+    network: Network
+    local: LocalTraining
+    validator: Validator
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def number(self) -> int:
+        return len(self.nodes)
+
+    def train_request(self, client: int, round: int, lr: float, server: ServerState) -> TrainRequest:
+        """The request to train ``server``'s state; all requests made from one state share its bytes."""
+        return TrainRequest(client, round, server.version, server.vector, server.layout.hash, {"lr": lr})
+
+    def ask(self, requests: Sequence[TrainRequest | EvaluateRequest]) -> tuple[dict[int, Message], dict[int, int]]:
+        """Send the requests and wait for the replies: each client's reply, and the bytes that were sent to it.
+
+        Waiting is polling with `push_messages` and `pull_messages`, which works on every Flower grid. All of an
+        in-process grid's replies are there at the first pull.
+        """
+        records = [r.to_record() for r in requests]
+        sent = {r.client: payload_bytes(record) for r, record in zip(requests, records, strict=True)}
+        messages = [
+            Message(record, self.nodes[r.client], r.kind, group_id=str(r.round))
+            for record, r in zip(records, requests, strict=True)
+        ]
+        clients = dict(zip(self.grid.push_messages(messages), (r.client for r in requests), strict=True))
+        replies: dict[int, Message] = {}
+        waiting, pause_s = set(clients), 0.01
+        while waiting:
+            for reply in self.grid.pull_messages(sorted(waiting)):
+                replies[clients[reply.metadata.reply_to_message_id]] = reply
+                waiting.discard(reply.metadata.reply_to_message_id)
+            if waiting:
+                time.sleep(pause_s)
+                pause_s = min(1.0, pause_s * 1.5)
+        return replies, sent
+
+
+@dataclass(frozen=True)
+class Schedule(ABC):
+    """The ``schedule=`` group. ``rounds`` is how often the server's state changes (or may change)."""
+
+    rounds: int = setting(10, ge=1, help="rounds of training")
+
+    @abstractmethod
+    def run(self, world: World) -> Iterator[Event]:
+        """Go on from ``world.server.round`` until ``rounds``; sets ``world.server`` before it yields a round event.
+
+        Raises `fl.errors.RunStopped` where it can't go on.
+        """
+
+
+def shared(server: ServerState) -> ServerState:
+    """``server`` with its vector frozen, so that a broadcast shares one copy of its bytes."""
+    return server.replace(vector=freeze(server.vector))

@@ -1,0 +1,168 @@
+"""Synchronous rounds (McMahan et al., arXiv 1602.05629, algorithm 1) on the virtual clock.
+
+A round asks some clients, waits for them, and aggregates. It lasts as long as its slowest client that is waited for:
+with ``over_selection`` until the first k have answered, with ``deadline_s`` at most that long.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fl.clock import Clock, EventQueue, Priority, ticks
+from fl.config import setting
+from fl.errors import RunStopped
+from fl.messages import TrainReply, payload_bytes
+from fl.schedules.base import Event, Schedule, World, shared
+from fl.state import Update
+from fl.validation import Reason, Rejection
+
+
+@dataclass(frozen=True)
+class Synchronous(Schedule):
+    """Rounds of sampled clients that all start from the newest version."""
+
+    deadline_s: float | None = setting(None, gt=0, help="virtual seconds after which a round ends; null: none")
+    min_clients: int = setting(1, ge=1, help="accepted updates that a round needs; with fewer the run stops")
+    max_update_norm: float = setting(1e4, gt=0, help="an update of larger L2 norm is rejected")
+
+    def run(self, world: World) -> Iterator[Event]:
+        for round in range(world.server.round + 1, self.rounds + 1):
+            yield from self._round(world, round)
+
+    def _round(self, world: World, round: int) -> Iterator[Event]:
+        server = shared(world.server)
+        asked = self._sample(world, round)
+        start = world.clock.now
+        lr = world.local.lr_at(round, self.rounds)
+        requests = {c: world.train_request(c, round, lr, server) for c in asked}
+        replies, down = world.ask(list(requests.values()))
+        queue = EventQueue(Clock(start))
+        for client, reply in replies.items():
+            checked = world.validator.check(reply, requests[client])
+            up = 0 if reply.has_error() else payload_bytes(reply.content)
+            steps = checked.steps if isinstance(checked, TrainReply) else 0
+            job = world.network.job(world.seed, client, round, steps, down[client], up)
+            if job.dropped_at is not None:
+                checked, up = Rejection(Reason.ERROR, "its work was lost on the way"), 0
+            when = start + (job.total if job.dropped_at is None else job.dropped_at)
+            queue.push(when, Priority.ARRIVE, client, _Arrival(checked, up, down[client]))
+        if self.deadline_s is not None:
+            queue.push(start + ticks(self.deadline_s), Priority.SERVER_TICK)
+        updates: list[Update] = []
+        rejected: Counter[str] = Counter()
+        totals: Counter[str] = Counter()
+        quota = world.sampling.quota(world.per_round)
+        over = False
+        end = start
+        while queue:
+            event = queue.pop()
+            if event.priority == Priority.SERVER_TICK:
+                end = end if over else event.time
+                over = True
+                continue
+            arrival: _Arrival = event.data
+            checked = arrival.checked
+            if over and isinstance(checked, TrainReply):
+                checked = Rejection(Reason.LATE, "the round was over")
+            end = end if over else event.time
+            totals["bytes_down"] += arrival.bytes_down
+            totals["bytes_up"] += arrival.bytes_up
+            done = arrival.checked if isinstance(arrival.checked, TrainReply) else None
+            totals["steps"] += done.steps if done else 0
+            totals["tokens"] += done.tokens if done else 0
+            if isinstance(checked, TrainReply):
+                updates.append(_update(checked, start, event.time))
+            else:
+                rejected[checked.reason.value] += 1
+            yield _client_event(round, server.version, event.client, event.time, checked, arrival)
+            over = over or (quota is not None and len(updates) >= quota)
+        world.clock.advance(end)
+        world.validator.forget(round)
+        if asked and len(updates) < self.min_clients:
+            raise RunStopped(
+                f"Round {round} has {len(updates)} accepted updates of {len(asked)} clients asked; "
+                f"schedule.min_clients is {self.min_clients}. Rejected: {dict(rejected) or 'none'}. The state before "
+                "this round is in the checkpoint; lower schedule.min_clients, or raise schedule.deadline_s or "
+                "clients.per_round."
+            )
+        new = server
+        if updates:
+            new = world.aggregator.aggregate(server, updates, world.optimizer)
+        moved = float(np.linalg.norm(new.vector.astype(np.float64) - server.vector.astype(np.float64)))
+        world.server = new.replace(round=round)
+        losses = [u.loss for u in updates if u.loss is not None]
+        yield {
+            "event": "round",
+            "round": round,
+            "version": world.server.version,
+            "virtual_s": world.clock.now_s,
+            "sampled": len(asked),
+            "accepted": len(updates),
+            "rejected": dict(sorted(rejected.items())),
+            "bytes_down": totals["bytes_down"],
+            "bytes_up": totals["bytes_up"],
+            "client_steps": totals["steps"],
+            "tokens": totals["tokens"],
+            "loss": float(np.mean(losses)) if losses else None,
+            "update_norm": moved,
+            "epsilon": None,
+        }
+
+    def _sample(self, world: World, round: int) -> list[int]:
+        """Sampled clients, once enough are available; moves the clock to that moment."""
+        everyone = range(world.number)
+        needed = world.sampling.needed(world.number, world.per_round)
+        while True:
+            now = world.clock.now
+            ready = [c for c in everyone if world.network.available(world.seed, c, now)]
+            if len(ready) >= needed:
+                return world.sampling.sample(world.seed, round, ready, world.number, world.per_round)
+            later = [world.network.next_available(world.seed, c, now + 1) for c in everyone if c not in set(ready)]
+            times = [t for t in later if t is not None]
+            if not times:
+                raise RunStopped(
+                    f"Round {round} needs {needed} available clients; {len(ready)} are, and no other will ever be. "
+                    "The state before this round is in the checkpoint."
+                )
+            world.clock.advance(min(times))
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    checked: TrainReply | Rejection
+    bytes_up: int
+    bytes_down: int
+
+
+def _update(reply: TrainReply, sent: int, arrived: int) -> Update:
+    return Update(
+        reply.client, reply.round, reply.version, reply.update, reply.examples, sent, arrived, reply.loss,
+        reply.steps, reply.tokens,
+    )  # fmt: skip
+
+
+def _client_event(
+    round: int, version: int, client: int, time: int, checked: TrainReply | Rejection, arrival: _Arrival
+) -> dict[str, Any]:
+    good = checked if isinstance(checked, TrainReply) else None
+    return {
+        "event": "client",
+        "round": round,
+        "version": version,
+        "client": client,
+        "virtual_s": time / 1e6,
+        "staleness": 0,
+        "bytes_down": arrival.bytes_down,
+        "bytes_up": arrival.bytes_up,
+        "examples": good.examples if good else None,
+        "steps": good.steps if good else None,
+        "tokens": good.tokens if good else None,
+        "loss": good.loss if good else None,
+        "accepted": good is not None,
+        "reason": None if isinstance(checked, TrainReply) else checked.reason.value,
+    }

@@ -1,0 +1,209 @@
+"""The server: a Flower ServerApp that drives a schedule, and records, evaluates and checkpoints at its events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fl import checkpoint, metrics
+from fl.clock import Clock
+from fl.errors import ConfigError, ShoalError
+from fl.evaluation import numbers
+from fl.experiment import Experiment
+from fl.ledger import Ledger
+from fl.messages import EvaluateReply, EvaluateRequest, payload_bytes
+from fl.progress import Progress
+from fl.records import RunFolder
+from fl.schedules.base import Event, World, shared
+from fl.state import ServerState
+from fl.validation import Validator
+
+CHECKPOINT = "shoal-run-1"
+
+
+@dataclass
+class Server:
+    """One run at the server. ``finished`` is set once the schedule has ended; `final` are the numbers of run.json."""
+
+    experiment: Experiment
+    folder: RunFolder
+    progress: Progress
+    resume: bool = False
+    ledger: Ledger = field(default_factory=Ledger)
+    world: World | None = None
+    newest: dict[str, Any] = field(default_factory=dict)  # the last central evaluation
+    finished: bool = False
+    busy_s: float = 0.0  # wall seconds in rounds, evaluation not counted
+    _began: float = field(default_factory=time.perf_counter)
+    _before_s: float = 0.0  # wall seconds before a resume
+    _saved_round: int = -1
+
+    @property
+    def wall_s(self) -> float:
+        return self._before_s + time.perf_counter() - self._began
+
+    def app(self) -> ServerApp:
+        """The Flower ServerApp of this run."""
+        app = ServerApp()
+
+        @app.main()
+        def main(grid: Grid, context: Context) -> None:
+            self.run(grid)
+
+        return app
+
+    def run(self, grid: Grid) -> None:
+        """Train to the end of the schedule. Raises `RunStopped`; a checkpoint is there then."""
+        settings = self.experiment.settings
+        world = self.world = self._world(grid)
+        if self.resume:
+            self._restore(world)
+        if world.server.round == 0:
+            self._evaluate(world, last=False)
+            self._save(world)
+        mark = time.perf_counter()
+        for event in settings.schedule.run(world):
+            if event["event"] != "round":
+                self._write(event)
+                continue
+            self.busy_s += time.perf_counter() - mark
+            self._write(self.ledger.record(event))
+            last = world.server.round >= settings.schedule.rounds
+            self._evaluate(world, last)
+            name = "accuracy" if "accuracy" in self.newest else "perplexity"
+            self.progress.jobs(int(event["accepted"]), int(event["client_steps"]))
+            self.progress.round(
+                event["round"], event["loss"], name, self.newest.get(name), event["virtual_s"], event["epsilon"]
+            )
+            if last or world.server.round % settings.checkpoint_every == 0:
+                self._save(world)
+            mark = time.perf_counter()
+        self.finished = True
+
+    def _world(self, grid: Grid) -> World:
+        experiment, s = self.experiment, self.experiment.settings
+        cohort = experiment.trainer.worker.cohort
+        server = ServerState(cohort.initial.numpy().astype(np.float32), cohort.layout)
+        nodes = sorted(grid.get_node_ids())
+        if len(nodes) != len(experiment.data):
+            raise ShoalError(f"The grid has {len(nodes)} clients; the partition made {len(experiment.data)}.")
+        limit = getattr(s.schedule, "max_update_norm", None)
+        validator = Validator(cohort.layout.hash, cohort.layout.size, limit, max_weight=len(experiment.data.train))
+        return World(
+            grid, nodes, s.seed, experiment.per_round, server, s.aggregator, s.server_optimizer, s.sampling, s.network,
+            s.local, validator,
+        )  # fmt: skip
+
+    def _write(self, event: Event) -> None:
+        self.folder.append({**event, "wall_s": round(self.wall_s, 3)})
+
+    def _evaluate(self, world: World, last: bool) -> None:
+        """Evaluate where it is due after the round of ``world.server``; moves no random stream and no clock."""
+        when, round = self.experiment.settings.evaluation, world.server.round
+        common = {"round": round, "virtual_s": world.clock.now_s}
+        if when.central(round, last):
+            scores = self.central(world.server.vector)
+            self.newest = scores
+            self._write({"event": "eval", **common, "split": "test", **scores})
+        if when.per_client(round, last):
+            event = self._per_client(world)
+            if event is not None:
+                self._write({"event": "eval", **common, "split": "clients", **event})
+
+    def central(self, vector: np.ndarray) -> dict[str, Any]:
+        """Loss and metrics of the state ``vector`` on the central test set."""
+        experiment = self.experiment
+        test = experiment.data.test
+        scores = experiment.trainer.evaluate(
+            vector, "test", np.arange(len(test)), experiment.settings.evaluation.batch_size
+        )
+        return {"examples": len(test), **numbers(scores, test.labels if experiment.num_labels else None)}
+
+    def _per_client(self, world: World) -> Event | None:
+        server = shared(world.server)
+        requests = [
+            EvaluateRequest(c, server.round, server.version, server.vector, server.layout.hash)
+            for c in range(world.number)
+        ]
+        replies, sent = world.ask(requests)
+        world.validator.forget(server.round + 1)
+        checked = {c: world.validator.check_evaluation(m, requests[c]) for c, m in replies.items()}
+        good = {c: r for c, r in checked.items() if isinstance(r, EvaluateReply) and r.examples > 0}
+        if not good:
+            return None
+        name = "accuracy" if any("accuracy" in r.metrics for r in good.values()) else "perplexity"
+        values = [float(good[c].metrics[name]) if c in good else None for c in range(world.number)]  # type: ignore[arg-type]
+        mean, std, worst = metrics.spread(values, higher_is_better=name == "accuracy")
+        return {
+            "metric": name,
+            "mean": mean,
+            "std": std,
+            "worst_decile": worst,
+            "per_client": values,
+            "loss_mean": float(np.mean([r.loss for r in good.values()])),
+            "bytes_down": sum(sent.values()),
+            "bytes_up": sum(payload_bytes(m.content) for m in replies.values() if not m.has_error()),
+        }
+
+    def _save(self, world: World) -> None:
+        """A checkpoint after a finished round: everything that the rest of the run depends on."""
+        arrays, meta = world.server.parts()
+        arrays |= self.experiment.node.memory_arrays()
+        meta = {
+            "kind": CHECKPOINT,
+            "server": meta,
+            "clock": world.clock.now,
+            "ledger": self.ledger.state(),
+            "newest": self.newest,
+            "metrics_offset": self.folder.offset(),
+            "wall_s": self.wall_s,
+            "busy_s": self.busy_s,
+        }
+        checkpoint.save(self.folder.checkpoint, arrays, meta)
+        self._saved_round = world.server.round
+
+    def _restore(self, world: World) -> None:
+        found = checkpoint.load(self.folder.checkpoint)
+        if found is None:
+            self.folder.truncate(0)
+            return
+        arrays, meta = found
+        if meta.get("kind") != CHECKPOINT:
+            raise ShoalError(f"{self.folder.checkpoint} is a checkpoint of another kind ({meta.get('kind')!r}).")
+        server = ServerState.from_parts(arrays, meta["server"])
+        if server.layout != world.server.layout:
+            raise ConfigError("adapter", server.layout.hash, "the checkpoint belongs to another model or adapter")
+        world.server, world.clock = server, Clock(meta["clock"])
+        self.experiment.node.restore_memories(arrays)
+        self.ledger = Ledger.restore(meta["ledger"])
+        self.newest = meta["newest"]
+        self.busy_s, self._before_s = meta["busy_s"], meta["wall_s"]
+        self.folder.truncate(meta["metrics_offset"])
+        self._saved_round = server.round
+
+    def final(self) -> dict[str, Any]:
+        """The numbers of run.json, from the newest evaluation and the ledger."""
+        assert self.world is not None
+        totals = self.ledger.final()
+        seconds = max(self.busy_s, 1e-9)
+        scores: Mapping[str, Any] = {k: v for k, v in self.newest.items() if k != "examples"}
+        return {
+            **scores,
+            "rounds": self.world.server.round,
+            "bytes_up": totals["bytes_up"],
+            "bytes_down": totals["bytes_down"],
+            "virtual_s": self.world.clock.now_s,
+            "wall_s": round(self.wall_s, 3),
+            "client_steps": totals["client_steps"],
+            "client_steps_per_s": totals["client_steps"] / seconds,
+            "tokens_per_s": totals["tokens"] / seconds,
+            "rejected_updates": totals["rejected_updates"],
+            "rejected": totals["rejected"],
+            "epsilon": None,
+        }

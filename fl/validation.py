@@ -1,0 +1,132 @@
+"""Which replies count: every reply becomes an accepted result or a `Rejection` with one of a fixed list of reasons.
+
+`Validator.check` is total: whatever a client or a node sends, it returns and never raises, so one bad reply can't end
+a run, and no aggregation rule ever sees a value that was not checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeVar
+
+import numpy as np
+from flwr.app import Message, RecordDict
+
+from fl.messages import EvaluateReply, EvaluateRequest, MalformedMessage, TrainReply, TrainRequest
+
+Reply = TypeVar("Reply", TrainReply, EvaluateReply)
+
+
+class Reason(StrEnum):
+    """Why a reply was rejected, in the order in which it is checked."""
+
+    UNEXPECTED = "unexpected"  # nobody asked for it, or it names another client
+    DUPLICATE = "duplicate"  # this job was answered already
+    LATE = "late"  # after the round's deadline
+    ERROR = "error"  # the client raised, or its node is gone
+    SCHEMA = "schema"  # not the records, names and types of fl.messages
+    VERSION = "version"  # made from another version or for another round
+    LAYOUT = "layout"  # tensors of another model or adapter
+    SHAPE = "shape"  # not d numbers
+    NOT_FINITE = "not_finite"  # NaN or infinite, in the update or the loss
+    TOO_LARGE = "too_large"  # norm of the update above the bound
+    WEIGHT = "weight"  # examples not in 1..cap
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A reply that does not count, and why: ``reason`` for counting, ``detail`` for people."""
+
+    reason: Reason
+    detail: str
+
+
+class Validator:
+    """Checks replies against what was asked for.
+
+    ``layout`` and ``size`` describe the state (`clients.layout.Layout`: ``hash`` and ``size``); ``max_norm`` bounds the
+    Euclidean norm of an update (None: no bound); ``max_weight`` caps the examples that a client may claim, since an
+    invented 10^9 would own the mean. A job, which is a (client, round), is answered once: its first reply counts,
+    good or bad.
+    """
+
+    def __init__(self, layout: str, size: int, max_norm: float | None = None, max_weight: int = 2**31 - 1):
+        self.layout, self.size, self.max_norm, self.max_weight = layout, size, max_norm, max_weight
+        self._answered: dict[str, set[tuple[int, int]]] = {"train": set(), "evaluate": set()}
+
+    def check(self, reply: Message, request: TrainRequest | None, *, late: bool = False) -> TrainReply | Rejection:
+        """The decoded ``reply`` to ``request`` (None: nothing was asked of this client), or why it is rejected."""
+        return self._check(reply, request, late, TrainReply.from_record, self._faults)
+
+    def check_evaluation(
+        self, reply: Message, request: EvaluateRequest | None, *, late: bool = False
+    ) -> EvaluateReply | Rejection:
+        """The same for a client's evaluation: ``examples`` in 0..cap, and every number finite."""
+        return self._check(reply, request, late, EvaluateReply.from_record, self._evaluation_faults)
+
+    def forget(self, before_round: int) -> None:
+        """Drop what is remembered of answered jobs of rounds below ``before_round``; no reply to them can come."""
+        for kind, jobs in self._answered.items():
+            self._answered[kind] = {job for job in jobs if job[1] >= before_round}
+
+    def _check(
+        self,
+        reply: Message,
+        request: TrainRequest | EvaluateRequest | None,
+        late: bool,
+        decode: Callable[[RecordDict], Reply],
+        faults: Callable[[Reply], Rejection | None],
+    ) -> Reply | Rejection:
+        if request is None:
+            return Rejection(Reason.UNEXPECTED, "no work was asked for")
+        job = (request.client, request.round)
+        answered = self._answered[request.kind]
+        if job in answered:
+            return Rejection(Reason.DUPLICATE, f"client {request.client} has answered round {request.round} already")
+        answered.add(job)
+        if late:
+            return Rejection(Reason.LATE, "it came after the deadline")
+        try:
+            if reply.has_error():
+                return Rejection(Reason.ERROR, f"code {reply.error.code}: {reply.error.reason}")
+            decoded = decode(reply.content)
+            return _wrong_job(decoded, request) or faults(decoded) or decoded
+        except MalformedMessage as error:
+            return Rejection(Reason(error.part), str(error))
+        except Exception as error:  # the sender decides what is in a message, so anything may break
+            return Rejection(Reason.SCHEMA, f"it can't be read ({type(error).__name__}: {error!s:.200})")
+
+    def _faults(self, reply: TrainReply) -> Rejection | None:
+        if reply.layout != self.layout:
+            return Rejection(Reason.LAYOUT, f"layout {reply.layout:.40}, expected {self.layout}")
+        if reply.update.shape != (self.size,):
+            return Rejection(Reason.SHAPE, f"{reply.update.size} numbers, expected {self.size}")
+        # float64: squares of float32 can't overflow it, so the norm is finite exactly if every number is.
+        norm = float(np.sqrt(np.square(reply.update, dtype=np.float64).sum()))
+        if not np.isfinite(norm) or not np.isfinite(reply.loss):
+            return Rejection(Reason.NOT_FINITE, f"update of norm {norm}, loss {reply.loss}")
+        if self.max_norm is not None and norm > self.max_norm:
+            return Rejection(Reason.TOO_LARGE, f"norm {norm:.6g} is above {self.max_norm:.6g}")
+        if not 1 <= reply.examples <= self.max_weight:
+            return Rejection(Reason.WEIGHT, f"{reply.examples} examples, allowed are 1 to {self.max_weight}")
+        if reply.steps < 0 or reply.tokens < 0:
+            return Rejection(Reason.SCHEMA, f"negative counts: {reply.steps} steps, {reply.tokens} tokens")
+        return None
+
+    def _evaluation_faults(self, reply: EvaluateReply) -> Rejection | None:
+        if not all(np.isfinite(value).all() for value in (reply.loss, *reply.metrics.values())):
+            return Rejection(Reason.NOT_FINITE, "a metric is not finite")
+        if not 0 <= reply.examples <= self.max_weight:
+            return Rejection(Reason.WEIGHT, f"{reply.examples} examples, allowed are 0 to {self.max_weight}")
+        return None
+
+
+def _wrong_job(reply: TrainReply | EvaluateReply, request: TrainRequest | EvaluateRequest) -> Rejection | None:
+    if reply.client != request.client:
+        return Rejection(Reason.UNEXPECTED, f"client {request.client} answers as client {reply.client}")
+    if (reply.round, reply.version) != (request.round, request.version):
+        got, wanted = f"{reply.round}/{reply.version}", f"{request.round}/{request.version}"
+        return Rejection(Reason.VERSION, f"round/version {got}, expected {wanted}")
+    return None
