@@ -15,15 +15,15 @@ unpickled. `freeze` a vector before broadcasting it: every request made from a f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from flwr.common.serde import config_record_to_proto, metric_record_to_proto
+from flwr.common.serde import config_record_to_proto
 
+from fl.engine.flower import quick_record
 from fl.errors import ShoalError
 
 VECTOR_STYPE = "shoal.f32"
@@ -66,7 +66,7 @@ def _bytes_under(vector: np.ndarray) -> bytes | None:
 def _state_record(vector: np.ndarray) -> ArrayRecord:
     vector = freeze(vector)
     data = _bytes_under(vector)
-    return ArrayRecord({"vector": Array("float32", vector.shape, VECTOR_STYPE, data or b"")})
+    return quick_record(ArrayRecord, {"vector": Array("float32", vector.shape, VECTOR_STYPE, data or b"")})
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,8 @@ class _Request:
     def to_record(self) -> RecordDict:
         """The message's content; it shares the bytes of a frozen ``state`` (see `freeze`) and copies any other."""
         header = _header(self.kind, self.client, self.round, self.version, self.extra, layout=self.layout)
-        return RecordDict({"state": _state_record(self.state), "header": header, "metrics": MetricRecord()})
+        records = {"state": _state_record(self.state), "header": header, "metrics": MetricRecord()}
+        return quick_record(RecordDict, records)
 
     @classmethod
     def from_record(cls, record: RecordDict) -> Self:
@@ -127,14 +128,10 @@ class TrainReply:
 
     def to_record(self) -> RecordDict:
         """The message's content; copies ``update`` once (not at all when frozen)."""
-        metrics: dict[str, Metric] = {
-            "examples": self.examples,
-            "steps": self.steps,
-            "tokens": self.tokens,
-            "loss": float(self.loss),
-        }
+        counts = {name: int(getattr(self, name)) for name in ("examples", "steps", "tokens")}
+        metrics = quick_record(MetricRecord, counts | {"loss": float(self.loss)})
         header = _header("train-reply", self.client, self.round, self.version, self.extra, layout=self.layout)
-        return RecordDict({"state": _state_record(self.update), "header": header, "metrics": MetricRecord(metrics)})
+        return quick_record(RecordDict, {"state": _state_record(self.update), "header": header, "metrics": metrics})
 
     @classmethod
     def from_record(cls, record: RecordDict) -> TrainReply:
@@ -160,7 +157,7 @@ class EvaluateReply:
         """The message's content: a header and the metrics, no state."""
         if clash := {"examples", "loss"} & self.metrics.keys():
             raise ValueError(f"metrics must not repeat the fields of the reply: {', '.join(sorted(clash))}")
-        metrics: dict[str, Metric] = {"examples": self.examples, "loss": float(self.loss), **self.metrics}
+        metrics: dict[str, Metric] = {"examples": int(self.examples), "loss": float(self.loss), **self.metrics}
         header = _header("evaluate-reply", self.client, self.round, self.version, {})
         return RecordDict({"header": header, "metrics": MetricRecord(metrics)})
 
@@ -177,8 +174,11 @@ class EvaluateReply:
 
 def _header(kind: str, client: int, round: int, version: int, extra: Mapping[str, Scalar], **more: str) -> ConfigRecord:
     header: dict[str, Any] = {"kind": kind, "client": int(client), "round": int(round), "version": int(version), **more}
-    header.update((_EXTRA + name, value) for name, value in extra.items())
-    return ConfigRecord(header)
+    for name, value in extra.items():
+        if not isinstance(value, int | float | str):
+            raise TypeError(f"extra value {name} must be a number, text, true or false, not {value!r:.40}")
+        header[_EXTRA + name] = value
+    return quick_record(ConfigRecord, header)
 
 
 def _open(record: RecordDict, kind: str, *, state: bool) -> tuple[ConfigRecord, MetricRecord]:
@@ -252,25 +252,22 @@ def _take(metrics: MetricRecord, wanted: Mapping[str, type], exactly: bool = Tru
 
 
 def payload_bytes(record: RecordDict) -> int:
-    """The size of ``record`` serialised as Flower's protobuf message, exactly, without building or copying it.
+    """The size of ``record`` serialised as Flower's protobuf message, exactly, by arithmetic: nothing is built.
 
-    Vectors are counted by arithmetic on their lengths; headers and metrics, which are small, are encoded to count
-    them. This is what one client sends or receives: packing by a cohort grid does not change it.
+    This is what one client sends or receives; that a cohort grid packs messages does not change it.
     """
     total = 0
     for name, value in record.items():
         if isinstance(value, ArrayRecord):
-            size = sum(_field(_string(key) + _field(_array_bytes(array))) for key, array in value.items())
-        elif isinstance(value, ConfigRecord):
-            size = config_record_to_proto(value).ByteSize()
+            sizes = [_text_field(key) + _field(_array_bytes(array)) for key, array in value.items()]
         else:
-            size = metric_record_to_proto(value).ByteSize()
-        total += _field(_string(name) + _field(size))
+            sizes = [_text_field(key) + _field(_value_bytes(number)) for key, number in value.items()]
+        total += _field(_text_field(name) + _field(sum(map(_field, sizes))))
     return total
 
 
 def _varint(value: int) -> int:
-    return max(1, math.ceil(value.bit_length() / 7))
+    return max(1, (value.bit_length() + 6) // 7)
 
 
 def _field(size: int) -> int:
@@ -278,11 +275,23 @@ def _field(size: int) -> int:
     return 1 + _varint(size) + size
 
 
-def _string(text: str) -> int:
+def _text_field(text: str) -> int:
     return _field(len(text.encode())) if text else 0  # proto3 leaves out what is empty
 
 
 def _array_bytes(array: Array) -> int:
-    shape = sum(_varint(n) for n in array.shape)
-    size = _string(array.dtype) + _string(array.stype) + (_field(shape) if array.shape else 0)
+    shape = sum(map(_varint, array.shape))
+    size = _text_field(array.dtype) + _text_field(array.stype) + (_field(shape) if array.shape else 0)
     return size + (_field(len(array.data)) if array.data else 0)
+
+
+def _value_bytes(value: Any) -> int:
+    if isinstance(value, bool):
+        return 2
+    if isinstance(value, int):
+        return 1 + _varint(value if value >= 2**63 else 2 * value if value >= 0 else -2 * value - 1)  # zigzag
+    if isinstance(value, float):
+        return 9
+    if isinstance(value, str | bytes):
+        return _field(len(value.encode() if isinstance(value, str) else value))
+    return config_record_to_proto(ConfigRecord({"": value})).items[0].value.ByteSize()  # a list

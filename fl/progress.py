@@ -56,7 +56,7 @@ class Progress:
     def __enter__(self) -> Progress:
         self.begun = self.clock()
         self._recent = deque([(self.begun, 0)])
-        if self.console.is_terminal and not self.quiet:
+        if self.console.is_terminal and not self.console.is_dumb_terminal and not self.quiet:
             self._live = Live(self, console=self.console, refresh_per_second=4, transient=False)
             self._live.start()
         return self

@@ -42,7 +42,9 @@ def run(
     return _go(settings, resolved, list(overrides), RunFolder(where), False, shared, quiet, console)
 
 
-def resume(folder: Path, *, quiet: bool = False, console: Console | None = None) -> Outcome:
+def resume(
+    folder: Path, *, shared: Shared | None = None, quiet: bool = False, console: Console | None = None
+) -> Outcome:
     """Go on with the run in ``folder`` from its last checkpoint, to the same end as if it had never stopped."""
     before = read_run(folder)
     try:
@@ -52,7 +54,7 @@ def resume(folder: Path, *, quiet: bool = False, console: Console | None = None)
     if before is not None and before.get("status") == "completed":
         raise ShoalError(f"The run in {folder} is complete; there is nothing to resume.")
     settings = Settings.of(resolved)
-    return _go(settings, resolved, None, RunFolder(folder, resume=True), True, None, quiet, console)
+    return _go(settings, resolved, None, RunFolder(folder, resume=True), True, shared, quiet, console)
 
 
 def _go(

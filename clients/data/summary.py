@@ -56,7 +56,9 @@ def _legend(summary: dict[str, Any]) -> Text:
     legend = Text()
     for label, name in enumerate(names[: len(COLOURS)]):
         count = sum(row[label] for row in summary["labels"])
-        legend.append(f"{BLOCKS[label % len(BLOCKS)]} ", style=COLOURS[label]).append(f"{_shorten(name, 12)} {count:,}  ")
+        legend.append(f"{BLOCKS[label % len(BLOCKS)]} ", style=COLOURS[label]).append(
+            f"{_shorten(name, 12)} {count:,}  "
+        )
     if len(names) > len(COLOURS):
         legend.append(f"and {len(names) - len(COLOURS)} more")
     return legend

@@ -33,7 +33,8 @@ class PooledClassifier(nn.Module):
         config: Any = backbone.config
         config.num_labels = num_labels
         self.config = config
-        self.classifier = nn.Linear(config.hidden_size, num_labels)
+        # nn.Linear alone would draw from the global generator.
+        self.classifier = nn.utils.skip_init(nn.Linear, config.hidden_size, num_labels)
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
 

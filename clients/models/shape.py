@@ -95,11 +95,14 @@ class Shape(ModelSpec):
         config = with_dropout(self._configuration(tokenizer), self.dropout)
         options: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device}
         name = f"shoal/{self.architecture}-random"
-        if self.task == CAUSAL_LM:
-            module = from_config(AutoModelForCausalLM, config, seed, **options)
-            return frozen(self, module, tokenizer, None, name, seed, None)
-        count = label_count(num_labels)
-        encoder = from_config(AutoModel, config, seed, add_pooling_layer=False, **options)
+        count = label_count(num_labels) if self.task == CLASSIFICATION else None
+        try:
+            if count is None:
+                module = from_config(AutoModelForCausalLM, config, seed, **options)
+                return frozen(self, module, tokenizer, None, name, seed, None)
+            encoder = from_config(AutoModel, config, seed, add_pooling_layer=False, **options)
+        except ValueError as error:
+            raise ConfigError("model.config", self.config, one_line(error)) from error
         module = PooledClassifier(encoder, count).to(device=device, dtype=dtype)
         return frozen(self, module, tokenizer, "classifier", name, seed, count)
 

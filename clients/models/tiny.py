@@ -54,12 +54,12 @@ class TinyEncoder(ModelSpec):
             max_position_embeddings=64,
             pad_token_id=tokenizer.pad_token_id,
         )
-        # Drawn on the CPU, so that the same seed means the same weights on every device.
+        # Drawn on the CPU in float32, so that a seed means the same weights on every device and in every dtype.
         encoder = from_config(
             AutoModel,
             with_dropout(config, self.dropout),
             seed,
-            dtype=dtype,
+            dtype=torch.float32,
             attention=attention,
             add_pooling_layer=False,
         )

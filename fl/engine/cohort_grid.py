@@ -53,16 +53,16 @@ class CohortGrid(Grid):
     """Shows ``num_clients`` clients as nodes of ``grid``, with ids from `node_id`.
 
     ``nodes`` are the Flower nodes to use, by default all that are connected at the first push; the assignment of
-    clients never changes after that. ``join`` is passed to `fl.engine.packing.pack`; by default it is off when
-    ``grid`` is in this process. Replies come sorted by client, then in the order of pushing. A node that fails, or
-    answers something malformed, becomes an error reply for each of its clients; it never raises.
+    clients never changes after that. ``join`` is passed to `fl.engine.packing.pack`; by default it is off where
+    ``grid`` hands objects over in this process. Replies come sorted by client, then in the order of pushing. A node
+    that fails, or answers something malformed, becomes an error reply for each of its clients; it never raises.
     """
 
     def __init__(self, grid: Grid, num_clients: int, nodes: Sequence[int] | None = None, join: bool | None = None):
         if num_clients < 1:
             raise ValueError(f"num_clients must be >= 1, not {num_clients}")
         self.grid, self.num_clients = grid, num_clients
-        self.join = not getattr(grid, "in_process", False) if join is None else join
+        self.join = not getattr(grid, "shares_memory", False) if join is None else join
         self._nodes = list(nodes or [])
         self._numbers = itertools.count(1)
         self._in_flight: dict[str, list[_Sent]] = {}  # by the id of the node's message

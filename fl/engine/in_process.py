@@ -24,8 +24,8 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fl.engine.flower import ensure_identity
-from fl.engine.packing import own_records
+from fl.engine.flower import ensure_identity, quick_record
+from fl.engine.packing import own_record
 from fl.errors import ShoalError
 
 log = logging.getLogger(__name__)
@@ -47,8 +47,6 @@ class InProcessGrid(Grid):
     - ``none``: the sender's own objects; for senders and receivers that change nothing.
     """
 
-    in_process = True
-
     def __init__(
         self,
         client_app: Callable[[Message, Context], Message],
@@ -61,6 +59,7 @@ class InProcessGrid(Grid):
             raise ValueError(f"a grid needs num_nodes >= 1 and copy in {', '.join(_COPIES)}, not {num_nodes}, {copy!r}")
         self._run = Run.create_empty(next(_run_ids) if run_id is None else run_id)
         ensure_identity(self._run.run_id)
+        self.shares_memory = copy != "wire"  # what is pushed arrives without being serialised
         self._app, self._copy, self._run_config = client_app, _COPIES[copy], dict(run_config or {})
         self._contexts = {
             FIRST_NODE + i: self._context(FIRST_NODE + i, {"partition-id": i, "num-partitions": num_nodes})
@@ -166,7 +165,8 @@ def _own_records(message: Message) -> Message:
     metadata = copying.copy(message.metadata)
     if message.has_error():
         return make_message(metadata, error=message.error)
-    return make_message(metadata, content=own_records(message.content))
+    content = quick_record(RecordDict, {name: own_record(record) for name, record in message.content.items()})
+    return make_message(metadata, content=content)
 
 
 def _over_the_wire(message: Message) -> Message:

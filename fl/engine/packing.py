@@ -17,6 +17,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, MetricRecord, Reco
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
+from fl.engine.flower import quick_record
+
 Content = RecordDict | Error
 Record = ArrayRecord | ConfigRecord | MetricRecord
 
@@ -43,10 +45,8 @@ def pack(contents: Sequence[Content], header: dict[str, Any], *, join: bool) -> 
     ]
     index: dict[str, Any] = {"header": header, "contents": table}
     if not join:
-        packed = RecordDict({"cohort": ArrayRecord({"index": _array(json.dumps(index).encode())})})
-        for number, record in enumerate(records):
-            packed[str(number)] = record
-        return packed
+        cohort = ArrayRecord({"index": _array(json.dumps(index).encode())})
+        return quick_record(RecordDict, {"cohort": cohort} | {str(i): record for i, record in enumerate(records)})
     blobs = [recorddict_to_proto(RecordDict({"": record})).SerializeToString() for record in records]
     index["lengths"] = [len(blob) for blob in blobs]
     arrays = {"index": _array(json.dumps(index).encode()), "blob": _array(b"".join(blobs))}
@@ -54,7 +54,7 @@ def pack(contents: Sequence[Content], header: dict[str, Any], *, join: bool) -> 
 
 
 def unpack(packed: RecordDict) -> tuple[dict[str, Any], list[Content]]:
-    """The header and the contents, each with records of its own over shared array bytes.
+    """The header and the contents. No two contents share a record, only array bytes, which are immutable.
 
     What does not hold together raises (anything; its sender chose the bytes, so catch `Exception`).
     """
@@ -63,27 +63,28 @@ def unpack(packed: RecordDict) -> tuple[dict[str, Any], list[Content]]:
         raise TypeError("cohort must be an ArrayRecord")
     index = json.loads(arrays["index"].data)
     record = _split(arrays["blob"].data, index["lengths"]) if "blob" in arrays else lambda number: packed[str(number)]
+    given: set[int] = set()
+
+    def own(number: int) -> Record:
+        if number in given:
+            return own_record(record(number))
+        given.add(number)
+        return record(number)
+
     contents: list[Content] = []
     for entry in index["contents"]:
         if isinstance(entry, dict):
             contents.append(Error(int(entry["code"]), None if entry["reason"] is None else str(entry["reason"])))
         else:
-            contents.append(own_records({name: record(number) for name, number in entry}))
+            contents.append(quick_record(RecordDict, {str(name): own(number) for name, number in entry}))
     return dict(index["header"]), contents
 
 
-def own_records(content: RecordDict | dict[str, Record]) -> RecordDict:
-    """A copy of ``content`` that shares nothing which can be changed: only the bytes of its arrays."""
-    copied = RecordDict()
-    for name, record in content.items():
-        own: Any = record.copy()
-        for key, value in record.items():
-            if isinstance(value, Array):
-                own[key] = copy.copy(value)
-            elif isinstance(value, list):
-                own[key] = list(value)
-        copied[name] = own
-    return copied
+def own_record(record: Record) -> Record:
+    """A copy of ``record`` that shares nothing which can be changed: only the bytes of its arrays."""
+    if isinstance(record, ArrayRecord):
+        return quick_record(ArrayRecord, {name: copy.copy(array) for name, array in record.items()})
+    return quick_record(type(record), {k: list(v) if isinstance(v, list) else v for k, v in record.items()})
 
 
 def _array(data: bytes) -> Array:

@@ -7,11 +7,10 @@ figures and script inline, follows the reader's light or dark scheme, and shows 
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable
 from typing import Any
 
-from fl.report.style import SERIES, SERIES_DARK, Picture
+from fl.report.style import SERIES, SERIES_DARK, Picture, escape
 
 
 class Markup(str):
@@ -33,7 +32,7 @@ def tag(name: str, *children: Any, **attributes: Any) -> Markup:
         if value is None or value is False:
             continue
         key = key.rstrip("_").replace("_", "-")
-        shown.append(f" {key}" if value is True else f' {key}="{html.escape(str(value))}"')
+        shown.append(f" {key}" if value is True else f' {key}="{escape(value)}"')
     head = f"<{name}{''.join(shown)}>"
     return Markup(head if name in EMPTY else f"{head}{join(children)}</{name}>")
 
@@ -49,7 +48,7 @@ def join(children: Iterable[Any]) -> Markup:
         elif isinstance(child, list | tuple):
             parts.append(join(child))
         else:
-            parts.append(html.escape(str(child)))
+            parts.append(escape(child))
     return Markup("".join(parts))
 
 

@@ -140,7 +140,7 @@ class Canvas:
     def _tip(self, place: tuple[float, ...], text: str) -> str:
         corners = [place[:2], place[-2:]]
         (x0, y0), (x1, y1) = self.axes.transData.transform(corners).tolist()
-        title = f"<title>{html.escape(text)}</title>"
+        title = f"<title>{escape(text)}</title>"
         if len(place) == 2:
             return f'<circle class="tip" cx="{x0:.1f}" cy="{self.height - y0:.1f}" r="8">{title}</circle>'
         left, top, wide, high = min(x0, x1), self.height - max(y0, y1), abs(x1 - x0), abs(y1 - y0)
@@ -200,6 +200,11 @@ def clean(text: Any, longest: int = 32) -> str:
     return f"{shown[:half]}…{shown[-half:]}"
 
 
+def escape(text: Any) -> str:
+    """Text as it may stand in HTML, in an attribute too; control characters, which no page may hold, become blanks."""
+    return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", " ", str(text)))
+
+
 def inline_svg(svg: str, name: str, alt: str) -> str:
     """matplotlib's SVG made fit to stand in a page: no prologue, its own ids, colours and font from the page.
 
@@ -211,7 +216,7 @@ def inline_svg(svg: str, name: str, alt: str) -> str:
 
     def tag(match: re.Match[str]) -> str:
         text = match.group(0)
-        text = re.sub(r' id="([\w-]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
+        text = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
         text = re.sub(r'(url\(|href=")#', rf"\g<1>#{name}-", text)
         text = text.replace("xlink:href", "href")
         text = re.sub(r"#[0-9a-f]{6}(?=[;\"])", lambda m: _variable(m[0]), text)
@@ -220,7 +225,7 @@ def inline_svg(svg: str, name: str, alt: str) -> str:
     svg = re.sub(r"<[^>]*>", tag, svg)
     svg = re.sub(r"\s*\n\s*", "\n", svg)
     box = re.search(r'viewBox="[^"]*"', svg)
-    head = f'<svg role="img" aria-label="{html.escape(alt)}" {box[0] if box else ""}>'
+    head = f'<svg role="img" aria-label="{escape(alt)}" {box[0] if box else ""}>'
     return head + svg[svg.index(">") + 1 :]
 
 

@@ -87,6 +87,6 @@ def test_the_real_archive():
         raise
     assert len(found) == 15815 and len(set(found.texts)) == 15815
     assert found.labels.sum() == 8486
-    assert np.bincount(found.groups).tolist() == [2624, 2463, 9226, 1502] or len(np.bincount(found.groups)) == 4
+    assert np.bincount(found.groups).tolist() == [2667, 2447, 9171, 1530]
     documents, _ = Vader(group="document").examples("classification")
-    assert (np.bincount(documents.groups[documents.groups >= 0]) >= 8).sum() >= 200
+    assert (np.bincount(documents.groups[documents.groups >= 0]) >= 8).sum() == 139
