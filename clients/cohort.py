@@ -12,6 +12,7 @@ per-sample gradients.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clients import dropout
+from clients import dropout, independence
 from clients.data.batch import Batch
 from clients.layout import Layout
 from clients.stacked import Slots, Stacked, stack_layer
@@ -47,13 +48,18 @@ class CohortBatch:
         batches: Sequence[Batch],
         keys: list[tuple[Part, ...] | None] | None = None,
         device: str | torch.device = "cpu",
+        pad_id: int = 0,
     ) -> CohortBatch:
-        """Pad the slots' batches to one shape: the longest sample and the largest batch among them."""
+        """Pad the slots' batches to one shape: the longest sample and the largest batch among them.
+
+        ``pad_id`` is the model's own padding token: some decoders with a classification head find a sample's last
+        token by it.
+        """
         slots = len(batches)
         rows = max(b.input_ids.shape[0] for b in batches)
         width = max(b.input_ids.shape[1] for b in batches)
         causal = batches[0].labels.dim() == 2
-        ids = torch.zeros(slots, rows, width, dtype=torch.long)
+        ids = torch.full((slots, rows, width), pad_id)
         mask = torch.zeros(slots, rows, width, dtype=torch.long)
         labels = torch.full((slots, rows, width), -100) if causal else torch.zeros(slots, rows, dtype=torch.long)
         weights = torch.zeros(slots, rows, dtype=torch.float64)
@@ -109,29 +115,30 @@ class Cohort:
             raise ConfigError("adapter", None, "at least one trainable tensor")
         self.layout = Layout.of(trainable)
         self.initial = self.layout.flatten({n: p.detach().float() for n, p in trainable.items()}).cpu()
-        self.frozen_dropouts = dropout.install(model, self.slots)
+        installed = dropout.install(model, self.slots)
+        self.functional: dropout.FunctionalDropout | None = dropout.FunctionalDropout(self.slots)
+        self.has_dropout = True  # until the check has seen whether there is any
         self.swaps = self._find_layers(model, trainable)
         model.to(self.device)
         self._stack()
+        independence.check(self, trainable)
+        if not self.functional.found:
+            self.functional = None
+        self.has_dropout = installed > 0 or self.functional is not None
 
-    @property
-    def has_dropout(self) -> bool:
-        return self.frozen_dropouts > 0
-
-    def _find_layers(
-        self, model: nn.Module, trainable: dict[str, nn.Parameter]
-    ) -> list[tuple[nn.Module, str, Stacked]]:
+    def _find_layers(self, model: nn.Module, trainable: dict[str, nn.Parameter]) -> list[Swap]:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import ModulesToSaveWrapper
 
         canonical = {id(p): n for n, p in trainable.items()}
         covered: set[str] = set()
-        swaps: list[tuple[nn.Module, str, Stacked]] = []
+        swaps: list[Swap] = []
         inside: tuple[str, ...] = ()
         for path, module in model.named_modules():
-            if not isinstance(module, BaseTunerLayer | ModulesToSaveWrapper) or (inside and path.startswith(inside)):
+            tuner, saved = isinstance(module, BaseTunerLayer), isinstance(module, ModulesToSaveWrapper)
+            if not (tuner or saved) or path.startswith(inside):
                 continue
-            layer = module.modules_to_save["default"] if isinstance(module, ModulesToSaveWrapper) else module
+            layer = module.get_submodule("modules_to_save.default") if saved else module
             names = {
                 n: canonical[id(p)] for n, p in layer.named_parameters(remove_duplicate=False) if id(p) in canonical
             }
@@ -226,16 +233,21 @@ class Cohort:
         """``(S, B, classes)`` or ``(S, B, T, vocabulary)`` from stacked tensors ``(S, *shape)``."""
         slots, rows, width = batch.input_ids.shape
         self.slots.number, self.slots.tensors = slots, tensors
+        mode: contextlib.AbstractContextManager = contextlib.nullcontext()
         if batch.keys is not None and self.has_dropout:
             lengths = batch.attention_mask.sum(-1)
             offsets = batch.offsets or [0] * slots
             self.slots.dropout = dropout.DropoutKeys.of(batch.keys, batch.counts, offsets, lengths, width)
-        else:
-            self.slots.dropout = dropout.DropoutKeys()
+            mode = self.functional or mode
         self.slots.prefix = None if batch.prefix is None else batch.prefix.reshape(slots * rows, width, -1)
-        out = self.model(
-            input_ids=batch.input_ids.reshape(-1, width), attention_mask=batch.attention_mask.reshape(-1, width)
-        ).logits
+        try:
+            with mode:
+                out = self.model(
+                    input_ids=batch.input_ids.reshape(-1, width), attention_mask=batch.attention_mask.reshape(-1, width)
+                ).logits
+        finally:
+            # Nothing of this pass may reach the next, which may be the plain model's own.
+            self.slots.tensors, self.slots.dropout, self.slots.prefix = {}, dropout.DropoutKeys(), None
         # The loss is taken in float32 at least: bfloat16 logits would round it to three digits.
         out = out.to(torch.promote_types(out.dtype, torch.float32))
         return out.reshape(slots, rows, *out.shape[1:])

@@ -1,6 +1,6 @@
 """Dropout whose masks come from keys, so that they don't depend on the cohort, the padding or the order of work.
 
-Each sample has its own generator, keyed by (seed, client, step, position in the batch) and used by the dropout
+Each sample has its own generator, keyed by (seed, client, round, step, position in the batch) and used by the dropout
 layers in the order of the forward pass. Masks are drawn at the sample's own length and laid into the padded batch.
 """
 
@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fl.keys import Part, torch_generator
 
@@ -70,8 +72,33 @@ class HasDropout(Protocol):
     dropout: DropoutKeys
 
 
+def drop(x: Tensor, p: float, keys: DropoutKeys) -> Tensor:
+    """``x * mask / (1 - p)`` with mask ~ Bernoulli(1 - p) from ``keys``; ``x`` itself when p is 0 or there are none.
+
+    ``x`` is ``(rows, tokens, hidden)``, ``(rows * tokens, hidden)`` or ``(rows, hidden)``. Raises ValueError for any
+    other shape: attention probabilities, say, are never dropped here.
+    """
+    if p == 0 or not keys.samples:
+        return x
+    rows = len(keys.samples) if keys.rows is None else keys.rows
+    if x.dim() == 2 and x.shape[0] == rows * keys.width and keys.width > 1:
+        return drop(x.reshape(rows, keys.width, -1), p, keys).reshape(x.shape)
+    tokens = x.dim() == 3 and x.shape[1] == keys.width
+    if x.shape[0] != rows or not (tokens or x.dim() == 2):
+        raise ValueError(f"dropout of a tensor {tuple(x.shape)} in a batch of {rows} samples and {keys.width} tokens")
+    mask = torch.zeros_like(x)
+    for row in range(rows):
+        source = keys.samples[keys.first + row]
+        if source is None:
+            continue
+        # Only the sample's own tokens draw from its generator, so that padding changes no mask.
+        mine = mask[row, : keys.lengths[keys.first + row]] if tokens else mask[row]
+        mine.copy_(torch.rand(mine.shape, generator=source) >= p)
+    return x * mask / (1 - p)
+
+
 class KeyedDropout(nn.Module):
-    """``y = x * mask / (1 - p)`` with mask ~ Bernoulli(1 - p) from `DropoutKeys`; the identity when it holds none."""
+    """``nn.Dropout`` with the masks of `drop`; the identity when ``holder`` has no keys."""
 
     def __init__(self, p: float, holder: HasDropout):
         super().__init__()
@@ -79,25 +106,27 @@ class KeyedDropout(nn.Module):
         self.holder = [holder]
 
     def forward(self, x: Tensor) -> Tensor:
-        keys = self.holder[0].dropout
-        if self.p == 0 or not keys.samples:
-            return x
-        rows = len(keys.samples) if keys.rows is None else keys.rows
-        if x.shape[0] != rows:
-            raise ValueError(f"dropout over {x.shape[0]} rows; the batch has {rows}")
-        sequence = x.dim() >= 3 and x.shape[1] == keys.width
-        mask = torch.zeros_like(x)
-        for row in range(rows):
-            source = keys.samples[keys.first + row]
-            if source is None:
-                continue
-            shape = (keys.lengths[keys.first + row], *x.shape[2:]) if sequence else tuple(x.shape[1:])
-            keep = torch.rand(shape, generator=source) >= self.p
-            if sequence:
-                mask[row, : shape[0]] = keep.to(x)
-            else:
-                mask[row] = keep.to(x)
-        return x * mask / (1 - self.p)
+        return drop(x, self.p, self.holder[0].dropout)
+
+
+class FunctionalDropout(TorchFunctionMode):
+    """Inside this context ``F.dropout``, which OPT and others call themselves, takes its masks from ``holder`` too.
+
+    Its ``training`` flag is passed over, since the model is always in eval mode. ``found`` tells whether any call had
+    p > 0.
+    """
+
+    def __init__(self, holder: HasDropout):
+        super().__init__()
+        self.holder, self.found = holder, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.dropout:
+            return func(*args, **kwargs)
+        p = float(kwargs["p"])
+        self.found |= p > 0
+        return drop(args[0], p, self.holder.dropout)
 
 
 def install(model: nn.Module, holder: HasDropout) -> int:

@@ -29,7 +29,8 @@ def available() -> bool:
 class Pool:
     """``processes`` children that call methods of ``worker``, each with ``threads`` torch threads.
 
-    Raises `ShoalError` when a child raises or dies. Use as a context manager, or call `close`.
+    Raises `ShoalError` when a child raises or dies. After any exception but a task's own the pool is closed, since
+    children may still be at work on what nobody waits for. Use as a context manager, or call `close`.
     """
 
     def __init__(self, worker: Any, processes: int, threads: int):
@@ -46,6 +47,18 @@ class Pool:
 
     def run(self, tasks: Sequence[Task]) -> list[Any]:
         """Results of the tasks, in their order."""
+        if not self.pipes:
+            raise ShoalError("The worker processes are gone; start the run again with --resume.")
+        try:
+            results, failure = self._run(tasks)
+        except BaseException:
+            self.close()
+            raise
+        if failure is not None:
+            raise ShoalError(f"A worker process failed:\n{failure}")
+        return results
+
+    def _run(self, tasks: Sequence[Task]) -> tuple[list[Any], str | None]:
         results: list[Any] = [None] * len(tasks)
         waiting = list(range(len(tasks)))[::-1]
         busy: dict[Connection, int] = {}
@@ -55,11 +68,10 @@ class Pool:
                 busy[pipe] = self._send(pipe, tasks, waiting.pop())
         while busy:
             for ready in wait(list(busy)):
-                pipe = ready
-                assert isinstance(pipe, Connection)
-                index = busy.pop(pipe)
+                assert isinstance(ready, Connection)
+                index = busy.pop(ready)
                 try:
-                    good, value = pipe.recv()
+                    good, value = ready.recv()
                 except (EOFError, ConnectionError) as error:
                     raise ShoalError(
                         "A worker process died, which is most often a lack of memory. "
@@ -70,10 +82,8 @@ class Pool:
                 else:
                     failure = failure or value
                 if waiting and failure is None:
-                    busy[pipe] = self._send(pipe, tasks, waiting.pop())
-        if failure is not None:
-            raise ShoalError(f"A worker process failed:\n{failure}")
-        return results
+                    busy[ready] = self._send(ready, tasks, waiting.pop())
+        return results, failure
 
     def _send(self, pipe: Connection, tasks: Sequence[Task], index: int) -> int:
         try:
@@ -83,12 +93,15 @@ class Pool:
         return index
 
     def close(self) -> None:
+        """End the children at once: they hold nothing that is not in this process or in a result."""
         for pipe in self.pipes:
             pipe.close()
         for child in self.children:
-            child.join(timeout=2)
+            child.terminate()
+        for child in self.children:
+            child.join(timeout=5)
             if child.is_alive():
-                child.terminate()
+                child.kill()
                 child.join()
         self.pipes, self.children = [], []
 
@@ -103,6 +116,7 @@ def _serve(worker: Any, pipe: Connection, threads: int, inherited: list[Connecti
     # The parent handles Ctrl-C (it checkpoints); its ends of the pipes must not stay open here, or a child would
     # never see the parent go.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in inherited:
         other.close()
     torch.set_num_threads(threads)
@@ -117,5 +131,7 @@ def _serve(worker: Any, pipe: Connection, threads: int, inherited: list[Connecti
             result = (False, traceback.format_exc())
         try:
             pipe.send(result)
-        except (BrokenPipeError, OSError):
+        except OSError:
             os._exit(0)
+        except Exception:  # a result that can't be pickled
+            pipe.send((False, traceback.format_exc()))

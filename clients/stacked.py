@@ -86,7 +86,7 @@ class StackedLoRA(Stacked):
         super().__init__(layer, names, slots)
         self.base_layer = layer.base_layer
         self.scaling = float(layer.scaling[adapter])  # type: ignore[index]
-        self.lora_dropout = layer.lora_dropout[adapter]  # type: ignore[index]
+        self.lora_dropout: nn.Module = layer.lora_dropout[adapter]  # type: ignore[index, assignment]
         self.a_name = f"lora_A.{adapter}.weight"
         self.b_name = f"lora_B.{adapter}.weight"
 
@@ -102,21 +102,29 @@ class StackedLoRA(Stacked):
 
 
 class StackedLayer(Stacked):
-    """Any layer with trainable tensors: vmap over the slots, or a loop over them where vmap refuses."""
+    """Any layer with trainable tensors: vmap over the slots, or a loop over them where vmap refuses.
+
+    The output has the precision of the input, or of the frozen weights where the input is token ids.
+    """
 
     def __init__(self, layer: nn.Module, names: dict[str, str], slots: Slots):
         super().__init__(layer, names, slots)
         # A dropout inside vmap can't know its slot, so such a layer is looped over.
         self.loop = any(isinstance(m, KeyedDropout) and m.p > 0 for m in layer.modules())
+        base: nn.Module = getattr(layer, "get_base_layer", lambda: layer)()
+        self.dtype = next((p.dtype for p in base.parameters()), torch.float32)
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         slots = self.slots.number
         rows = x.reshape(slots, -1, *x.shape[1:])  # (slots, batch, ...)
         tensors = {local: self.slots.tensors[name] for local, name in self.names.items()}
+        dtype = x.dtype if x.is_floating_point() else self.dtype
         if not self.loop:
             try:
-                out = vmap(lambda t, r: functional_call(self.layer, t, (r, *args), kwargs))(tensors, rows)  # type: ignore[arg-type]
-                return out.reshape(-1, *out.shape[2:]).to(x.dtype)
+                out = vmap(lambda t, r: functional_call(self.layer, t, (r, *args), kwargs))(tensors, rows)
+                return out.reshape(-1, *out.shape[2:]).to(dtype)
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
                 log.info("%s: vmap refused (%s); looping over slots", type(self.layer).__name__, str(error)[:80])
                 self.loop = True
@@ -124,8 +132,8 @@ class StackedLayer(Stacked):
         for slot in range(slots):
             with self.slots.dropout.only(slot):
                 mine = {local: t[slot] for local, t in tensors.items()}
-                outs.append(functional_call(self.layer, mine, (rows[slot], *args), kwargs))  # type: ignore[arg-type]
-        return torch.cat(outs).to(x.dtype)
+                outs.append(functional_call(self.layer, mine, (rows[slot], *args), kwargs))
+        return torch.cat(outs).to(dtype)
 
 
 def stack_layer(layer: nn.Module, names: dict[str, str], slots: Slots) -> Stacked:

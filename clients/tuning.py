@@ -29,9 +29,12 @@ from fl.config import setting
 from fl.errors import ConfigError
 from fl.keys import key_bytes
 
-# A coarser base (bfloat16) has to earn its keep, and a larger cohort or a second process its memory.
+# A coarser base (bfloat16) has to earn its keep, and a larger cohort its memory.
 GAIN_FOR_PRECISION = 1.15
 GAIN_FOR_SIZE = 1.03
+# Measuring ends after about this long, with the best so far; and one candidate's repeats after the other.
+BUDGET_S = 20.0
+LONG_S = 1.5
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,10 @@ class Probe:
         states = cohort.initial.to(cohort.device).repeat(slots, 1)
         memory, lr = self.optimizer.init(states), torch.full((slots, 1), 1e-4, device=cohort.device)
         picked = [self.batches[i % len(self.batches)] for i in range(slots)]
-        best = float("inf")
+        best, began = float("inf"), time.perf_counter()
         for step in range(1, repeats + 2):
+            if step > 2 and time.perf_counter() - began > LONG_S:
+                break
             start = time.perf_counter()
             batch = CohortBatch.of(picked, device=cohort.device)
             _, grads = cohort.gradients(states, batch, self.accumulation)
@@ -113,6 +118,9 @@ def pick_device(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("engine.device", device, "cpu or auto: this machine has no CUDA device")
+    index = device.partition(":")[2]
+    if index and device.startswith("cuda") and int(index) >= torch.cuda.device_count():
+        raise ConfigError("engine.device", device, f"cuda:N with N below {torch.cuda.device_count()}")
     return device
 
 
@@ -132,10 +140,10 @@ def choose(wanted: Resources, probe: Probe, jobs: int, shape: Sequence[Any], not
         return fixed
     name = key_bytes("plan-1", json.dumps([*map(str, shape), jobs, vars(wanted), machine(device)])).hex()[:24]
     cached = cache_root() / "plans" / f"{name}.json"
-    if cached.is_file():
-        plan = Plan(**json.loads(cached.read_text())["plan"])
-        note(f"{describe(plan)} (measured before on this machine for this shape)")
-        return plan
+    before = _cached(cached)
+    if before is not None:
+        note(f"{describe(before)} (measured before on this machine for this shape)")
+        return before
     note("Measuring a few steps to lay the work on this machine ...")
     start = time.perf_counter()
     plan, seen = _measure(wanted, fixed, probe, jobs)
@@ -145,6 +153,17 @@ def choose(wanted: Resources, probe: Probe, jobs: int, shape: Sequence[Any], not
     os.replace(temporary, cached)
     note(f"{describe(plan)} (measured in {time.perf_counter() - start:.0f} s)")
     return plan
+
+
+def _cached(path: Path) -> Plan | None:
+    """The plan in ``path``; None where there is none, or none that can be read: then it is measured again."""
+    try:
+        found = json.loads(path.read_text())["plan"]
+        plan = Plan(**found)
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+    same = all(type(value) is type(getattr(Plan(), name)) for name, value in found.items())
+    return plan if same else None
 
 
 def describe(plan: Plan) -> str:
@@ -169,13 +188,22 @@ class _Bench:
         self.probe, self.forked = probe, forked
         self.pools: dict[tuple[int, int], Pool] = {}
         self.seen: dict[str, float] = {}
+        self.began = time.perf_counter()
 
     def __call__(self, plan: Plan, slots: int) -> float:
-        """Seconds of a client step in cohorts of ``slots``; when several workers are at it at once, shared by them."""
+        """Seconds of a client step in cohorts of ``slots``; when several workers are at it at once, shared by them.
+
+        Infinite for what there is no time left to measure.
+        """
         label = f"{plan.dtype} {plan.attention} S={slots} {plan.workers}x{plan.threads}"
+        if label not in self.seen and self.seen and time.perf_counter() - self.began > BUDGET_S:
+            return float("inf")
         if label not in self.seen:
             if not self.forked:
+                before = torch.get_num_threads()
+                torch.set_num_threads(plan.threads)
                 self.seen[label] = self.probe.seconds(plan, slots)
+                torch.set_num_threads(before)
             else:
                 shape = (plan.workers, plan.threads)
                 if shape not in self.pools:
@@ -198,7 +226,8 @@ def _measure(wanted: Resources, plan: Plan, probe: Probe, jobs: int) -> tuple[Pl
         parallel = wanted.workers == "auto" and forked and processors() > 1 and jobs > 1
         if wanted.cohort_size == "auto":
             # With several workers a round's jobs are divided among them first.
-            share = -(-jobs // processors()) if parallel else jobs
+            workers = processors() if parallel else plan.workers
+            share = -(-jobs // workers)
             single = replace(single, cohort_size=_best_size(single, share, bench))
         plan = replace(single, workers=plan.workers, threads=plan.threads)
         if plan.device == "cpu":
@@ -221,7 +250,7 @@ def _best_precision(wanted: Resources, plan: Plan, bench: _Bench, jobs: int) -> 
     for dtype in dtypes:
         candidates = [replace(plan, dtype=dtype, attention=kind) for kind in kinds]
         best.append(min(((bench(c, slots), c) for c in candidates), key=lambda pair: pair[0]))
-    if len(best) > 1 and best[1][0] * GAIN_FOR_PRECISION < best[0][0]:
+    if len(best) > 1 and best[1][0] * GAIN_FOR_PRECISION <= best[0][0]:
         return best[1][1]
     return best[0][1]
 

@@ -46,7 +46,7 @@ class Worker:
 
     def _batch(self, name: str, examples: Sequence[np.ndarray], keys: list | None) -> CohortBatch:
         data = self.sets[name]
-        batch = CohortBatch.of([data.batch(e) for e in examples], keys, self.cohort.device)
+        batch = CohortBatch.of([data.batch(e) for e in examples], keys, self.cohort.device, data.pad_id)
         return batch if self.prefix is None else self.prefix.lay(name, batch, examples)
 
     def fit(self, works: Sequence[Work]) -> list[Fit]:

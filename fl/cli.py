@@ -31,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ShoalError as error:
         print(f"shoal: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("shoal: interrupted; go on with `shoal run --resume DIR`.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print("; ".join(["shoal: interrupted", *getattr(error, "__notes__", [])]) + ".", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0
@@ -73,13 +73,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.resume is not None and options.settings:
         way_out = "Resume without settings, or start a new run."
         raise ConfigError("--resume", options.settings, "a resumed run keeps its settings", way_out)
-    from fl.compose import expand
+    from fl.compose import compose
 
     if options.resume is None:
-        axes, _ = expand(options.settings)
-        if axes:
-            key, values = next(iter(axes.items()))
-            raise ConfigError(key, ",".join(values), "one value in a run", "Use `shoal sweep` for lists.")
+        compose(options.settings)  # a misspelt word is refused before anything heavy is imported
     from rich.console import Console
 
     from fl import run as runs
@@ -94,10 +91,10 @@ def _run(options: argparse.Namespace) -> int:
         from fl.report.tables import final_table
 
         console.print(final_table(load_run(outcome.folder)))
-        console.print(f"Folder   {outcome.folder}", highlight=False)
+        print(f"Folder   {outcome.folder}")
         if (outcome.folder / "report.html").is_file():
-            console.print(f"Report   {outcome.folder / 'report.html'}", highlight=False)
-        console.print(f"Adapter  {outcome.folder / 'adapter'}", highlight=False)
+            print(f"Report   {outcome.folder / 'report.html'}")
+        print(f"Adapter  {outcome.folder / 'adapter'}")
     return 0
 
 

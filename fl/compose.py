@@ -5,13 +5,17 @@ A list of values (``seed=0,1,2``) is a sweep, as in Hydra's multirun; `expand` m
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 RUN_DIR, SWEEP_DIR = "hydra.run.dir", "hydra.sweep.dir"
 
@@ -19,7 +23,8 @@ RUN_DIR, SWEEP_DIR = "hydra.run.dir", "hydra.sweep.dir"
 def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Path]]:
     """The resolved configuration as plain nested values, and Hydra's folders (`RUN_DIR`, `SWEEP_DIR`).
 
-    Raises `ConfigError` for an unknown group, option or key, and for a value that can't be parsed.
+    Raises `ConfigError` for an unknown group or option, for a value that can't be parsed and for a list of values.
+    An unknown key comes through: `fl.experiment.Settings.of` refuses it, and knows what there is.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
@@ -28,10 +33,13 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Path]]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    parsed = _parse(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("configs", version_base="1.3"):
-            full = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+            groups = set(GlobalHydra.instance().config_loader().list_groups(""))
+            words = [_checked(override, groups) for override in parsed]
+            full = hydra_compose("config", overrides=words, return_hydra_config=True)
             full.hydra.job.num = 0
             folders = {RUN_DIR: Path(str(full.hydra.run.dir)), SWEEP_DIR: Path(str(full.hydra.sweep.dir))}
             OmegaConf.set_struct(full, False)
@@ -44,26 +52,75 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Path]]:
     return {str(k): v for k, v in resolved.items()}, folders
 
 
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    """Hydra's reading of the words, each by itself, so that the one that can't be read is named."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, parsed = OverridesParser.create(), []
+    for word in overrides:
+        key, sign, value = word.partition("=")
+        try:
+            (override,) = parser.parse_overrides([word])
+        except HydraException as error:
+            reason = str(error).partition("\nSee https")[0].splitlines()[-1].partition(" expecting {")[0]
+            allowed = f"it can't be read ({reason})" if sign else "settings are written key=value"
+            way_out = f"""Quote what has spaces, commas, brackets or = in it: '{key}="..."'.""" if sign else ""
+            raise ConfigError(key, value if sign else None, allowed, way_out) from error
+        if not override.key_or_group:
+            raise ConfigError(word, value, "settings are written key=value")
+        parsed.append(override)
+    return parsed
+
+
+def _checked(override: Override, groups: set[str]) -> str:
+    """The word for Hydra. A plain setting becomes ``++key=value``, which can also fill a mapping (adapter.options)."""
+    key = override.key_or_group
+    word = str(override.input_line)
+    if override.is_sweep_override():
+        value = word.partition("=")[2]
+        raise ConfigError(key, value, "a run has one value for each setting", "Use `shoal sweep` for lists.")
+    if override.is_delete() or key.partition(".")[0] == "hydra":
+        return word
+    if key in groups or "/" in key:
+        if key in groups and not isinstance(override.value(), str):
+            raise ConfigError(key, override.value(), "expected the name of an option", f"See `shoal list {key}`.")
+        return word
+    return "++" + word if not override.is_add() and not override.is_force_add() and not override.package else word
+
+
 def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """Hydra's message as a `ConfigError` that names the key, the value and what is allowed."""
     text = str(error)
     values = dict(o.lstrip("+~").split("=", 1) for o in overrides if "=" in o)
-    found = re.search(r"Could not find '([\w/.-]+)'", text) or re.search(r"In '[^']*': Could not find '([^']+)'", text)
-    if found:
-        group, _, option = found.group(1).rpartition("/")
-        options = re.search(r"Available options in '[^']*':\n((?:\s+\S+\n?)+)", text)
-        allowed = "one of " + ", ".join(options.group(1).split()) if options else "an option of the group"
-        return ConfigError(group or option, option, allowed, f"See `shoal list {group}`.")
-    found = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
-    if found:
-        key = found.group(1)
-        return ConfigError(key, values.get(key), "there is no such setting", "See `shoal list` and `shoal list GROUP`.")
-    found = re.search(r"You must specify '([^']+)'|Could not find|No match in the defaults list.*?'([^']+)'", text)
-    if found and (found.group(1) or found.group(2)):
-        key = found.group(1) or found.group(2)
-        return ConfigError(key, values.get(key), "there is no such group", "See `shoal list`.")
-    first = " ".join(text.split())
-    return ConfigError("overrides", list(overrides), first[:300], "Write settings as key=value.")
+
+    def found(pattern: str) -> str | None:
+        match = re.search(pattern, text)
+        return match.group(1) if match else None
+
+    if option := found(r"Could not (?:find|load) '([^']+)'"):
+        group, _, name = option.rpartition("/")
+        listed = found(r"Available options in '[^']*':\n((?:\s+\S+\n?)+?)(?:Config search|$)")
+        options = listed.split() if listed else []
+        near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+        way_out = (f"Did you mean {near[0]}? " if near else "") + f"See `shoal list {group}`."
+        allowed = "one of " + ", ".join(options) if options else "an option of the group"
+        return ConfigError(group or name, name, allowed, way_out)
+    if key := found(r"Could not append to config\. An item is already at '([^']+)'"):
+        return ConfigError(f"+{key}", values.get(key), "there is such a setting already", f"Write {key}=VALUE.")
+    if key := found(r"Multiple values for (\S+?)\.? "):
+        return ConfigError(f"+{key}", values.get(key), "the group has an option already", f"Write {key}=NAME.")
+    if key := found(r"Could not delete[^']*'([^']+)'"):
+        return ConfigError(f"~{key}", values.get(key), "there is nothing to delete", "See `shoal list`.")
+    if key := found(r"Error merging override \+*([^=]+)="):
+        return ConfigError(key, values.get(key), "a value of another kind is there", f"See `shoal list {key}`.")
+    if key := found(r"Could not override '([^']+)'") or found(r"Key '([^']+)' is not in struct"):
+        what = "group" if "/" in key or "@" in key else "setting"
+        return ConfigError(key, values.get(key), f"there is no such {what}", "See `shoal list` and `shoal list GROUP`.")
+    first = " ".join(text.partition("full_key:")[0].split())[:300]
+    # What is left is about values that refer to others: ${key}, or ??? for none.
+    shown = next((k for k, v in values.items() if "${" in v or v == "???"), "overrides")
+    return ConfigError(shown, values.get(shown, list(overrides)), first, "Write settings as key=value.")
 
 
 def expand(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[list[str]]]:
@@ -71,23 +128,24 @@ def expand(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[list[st
 
     Lists (``a=1,2``), ``range(...)`` and ``choice(...)`` are Hydra's. Without any, there is one job.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise explain(error, overrides) from error
     axes: dict[str, list[str]] = {}
     choices: list[list[str]] = []
-    for override in parsed:
-        if override.is_sweep_override():
-            key = override.get_key_element()
-            values = list(override.sweep_string_iterator())
-            axes[key] = [str(v) for v in values]
-            choices.append([f"{key}={v}" for v in values])
-        else:
+    for override in _parse(overrides):
+        if not override.is_sweep_override():
             choices.append([str(override.input_line)])
+            continue
+        try:
+            values = [str(v) for v in override.sweep_string_iterator()]
+        except HydraException as error:
+            key, _, value = str(override.input_line).partition("=")
+            raise ConfigError(key, value, "a list (a,b), range(...) or choice(...) to sweep over") from error
+        key = override.get_key_element()
+        if key.lstrip("+") in axes:
+            raise ConfigError(key.lstrip("+"), ",".join(values), "one list for each setting", "Join the two lists.")
+        axes[key.lstrip("+")] = values
+        choices.append([f"{key}={v}" for v in values])
     return axes, [list(job) for job in itertools.product(*choices)]
 
 

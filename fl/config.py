@@ -49,25 +49,28 @@ def build(values: Mapping[str, Any] | Any, path: str, base: type | None = None) 
 
     ``path`` is the dotted key of the mapping, used in messages. Raises `ConfigError`.
     """
+    group = path.replace(".", "/")
     if not isinstance(values, Mapping):
-        raise ConfigError(path, values, f"a group of settings, chosen like {path}=NAME", f"See `shoal list {path}`.")
+        inside = [f.name for f in dataclasses.fields(base) if f.init] if base is not None else []
+        allowed = "it stands for several settings" + (f": {', '.join(inside)}" if inside else "")
+        example = f"Set {path}.{inside[0]}=VALUE" if inside else f"Choose one with {group}=NAME"
+        raise ConfigError(path, values, allowed, f"{example}; see `shoal list {group}`.")
     values = dict(values)
     target = values.pop("_target_", None)
     cls = _resolve(target, path) if target is not None else base
     if cls is None:
-        raise ConfigError(path, values, "a group with a _target_", f"See `shoal list {path}`.")
+        raise ConfigError(path, values, "a group with a _target_", f"See `shoal list {group}`.")
     if base is not None and not issubclass(cls, base):
         raise ConfigError(f"{path}._target_", target, f"a subclass of {base.__module__}.{base.__qualname__}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    for key in values:
+    for key, value in values.items():
         if key not in fields:
-            raise ConfigError(
-                f"{path}.{key}" if path else key,
-                values[key],
-                f"no such setting; {path or 'the experiment'} has {', '.join(sorted(fields)) or 'none'}",
-                _closest(key, fields),
-            )
+            name = f"{path}.{key}" if path else key
+            while isinstance(value, Mapping) and len(value) == 1:  # what was typed: new.key=1, not new={key: 1}
+                name, value = f"{name}.{next(iter(value))}", next(iter(value.values()))
+            allowed = f"no such setting; {path or 'the experiment'} has {', '.join(sorted(fields)) or 'none'}"
+            raise ConfigError(name, value, allowed, _closest(key, fields) or f"See `{f'shoal list {group}'.strip()}`.")
     checked = {}
     for name, field in fields.items():
         key = f"{path}.{name}" if path else name
@@ -179,5 +182,6 @@ def _name(hint: Any) -> str:
         return " or ".join("null" if a is type(None) else _name(a) for a in typing.get_args(hint))
     if typing.get_origin(hint) in (list, tuple):
         args = typing.get_args(hint)
-        return f"a list of {_name(args[0])}" if args else "a list"
+        many = {int: "whole numbers", float: "numbers", str: "words"}
+        return f"a list of {many.get(args[0], _name(args[0]))}" if args else "a list"
     return str(hint)

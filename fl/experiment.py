@@ -124,8 +124,10 @@ class Experiment:
 
     @cached_property
     def data(self) -> FederatedData:
-        """The federated data; checks the settings that depend on it."""
+        """The federated data; checks the settings that depend on it, and those that the model's loading would find."""
         s = self.settings
+        tuning.pick_device(s.engine.device)
+        s.adapter.config(s.adapter.target_modules or s.model.target_modules)
         train, test = self.shared.data(s)
         data = federate(train, test, s.partition, s.clients.number, s.seed, s.data.client_test_fraction)
         if s.clients.per_round is not None and s.clients.per_round > len(data):
@@ -164,7 +166,6 @@ class Experiment:
     @cached_property
     def trainer(self) -> Trainer:
         """The trainer under the chosen plan; owns worker processes, so `close` it."""
-        torch.set_num_threads(1)
         plan = self.plan or self.choose_plan()
         cohort = self.cohort(plan.torch_dtype, plan.attention, plan.device)
         sets = {"train": self.data.train, "test": self.data.test}

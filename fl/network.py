@@ -44,6 +44,11 @@ class Network(ABC):
     def check(self, number: int) -> None:  # noqa: B027, most models serve any number
         """Raise `ConfigError` if this model can't serve clients 0 to ``number`` - 1."""
 
+    @property
+    def cycle(self) -> int | None:
+        """Ticks after which everyone's availability repeats; None where it does not, but comes to an end or stays."""
+        return None
+
     @abstractmethod
     def device(self, seed: int, client: int) -> Device:
         """The speed and link of ``client``."""
@@ -80,6 +85,10 @@ class _OnAndOff(Network):
 
     availability: float = setting(1.0, gt=0, le=1, help="share of the time in which a client can start work")
     availability_period_s: float = setting(3600.0, gt=0, le=1e9, help="a client goes on and off once in this time")
+
+    @property
+    def cycle(self) -> int | None:
+        return max(1, ticks(self.availability_period_s))
 
     def next_available(self, seed: int, client: int, now: int) -> int | None:
         if self.availability == 1:
@@ -157,6 +166,10 @@ class Trace(Network):
         if missing:
             allowed = f"it must list clients 0 to {number - 1}; there is no client {missing[0]}"
             raise ConfigError("network.path", self.path, allowed, "Add its row, or lower clients.number.")
+
+    @property
+    def cycle(self) -> int | None:
+        return None if self.repeat_s is None else ticks(self.repeat_s)
 
     def device(self, seed: int, client: int) -> Device:
         if client not in self.devices:

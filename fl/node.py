@@ -58,7 +58,8 @@ class Node:
             except MalformedMessage as error:
                 replies.append(_error(str(error), message))
         for (message, request), fit in zip(requests, self.trainer.train(works), strict=True):
-            replies += self._reply(request, fit, message)
+            reply = self._reply(request, fit, message)
+            replies += [] if reply is None else [reply]
         return replies
 
     def _work(self, request: TrainRequest) -> Work:
@@ -76,7 +77,7 @@ class Node:
         batches = self.local.batches(self.seed, request.client, request.round, self.data.parts[request.client])
         return Work(request.client, request.round, request.state, batches, lr, memory)
 
-    def _reply(self, request: TrainRequest, fit: Fit, message: Message) -> list[Message]:
+    def _reply(self, request: TrainRequest, fit: Fit, message: Message) -> Message | None:
         kept = self.memories.get(request.client)
         if fit.memory or kept is not None:
             again = kept is not None and kept.round == request.round
@@ -89,17 +90,14 @@ class Node:
         try:
             said = self.behaviour.act(honest, self.affected, self.seed, "attack", request.client, request.round)
         except Exception as error:
-            return [_error(f"{type(error).__name__}: {error}", message)]
-        return [
-            Message(
-                TrainReply(
-                    s.client, s.round, s.version, s.layout, s.update, s.examples, s.steps, s.tokens,
-                    float("nan") if s.loss is None else s.loss,
-                ).to_record(),
-                reply_to=message,
-            )
-            for s in said[:1]
-        ]  # fmt: skip
+            return _error(f"{type(error).__name__}: {error}", message)
+        if said is None:
+            return None
+        reply = TrainReply(
+            said.client, said.round, said.version, said.layout, said.update, said.examples, said.steps, said.tokens,
+            float("nan") if said.loss is None else said.loss,
+        )  # fmt: skip
+        return Message(reply.to_record(), reply_to=message)
 
     def evaluate(self, messages: Sequence[Message], batch_size: int) -> list[Message]:
         """One reply each: the client's own test set under the request's state."""

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 
 from fl import environment
 from fl.compose import RUN_DIR, compose, flat
-from fl.errors import RunStopped, ShoalError
+from fl.errors import ShoalError
 from fl.experiment import Experiment, Settings, Shared
 from fl.progress import Progress, header
 from fl.records import RunFolder, read_run
@@ -46,13 +47,19 @@ def resume(
     folder: Path, *, shared: Shared | None = None, quiet: bool = False, console: Console | None = None
 ) -> Outcome:
     """Go on with the run in ``folder`` from its last checkpoint, to the same end as if it had never stopped."""
-    before = read_run(folder)
-    try:
-        resolved = yaml.safe_load((folder / "config.yaml").read_text())
-    except OSError as error:
-        raise ShoalError(f"{folder} holds no run to resume ({error}).") from error
-    if before is not None and before.get("status") == "completed":
+    if (read_run(folder) or {}).get("status") == "completed":
         raise ShoalError(f"The run in {folder} is complete; there is nothing to resume.")
+    config = folder / "config.yaml"
+    try:
+        resolved = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except OSError as error:
+        way_out = "Give the folder that `shoal run` printed, or start the run anew."
+        raise ShoalError(f"{folder} holds no run to resume: it has no config.yaml. {way_out}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ShoalError(f"{config} is damaged ({reason}). Put it back, or start the run anew.") from error
+    if not isinstance(resolved, dict):
+        raise ShoalError(f"{config} is damaged: it holds no settings. Put it back, or start the run anew.")
     settings = Settings.of(resolved)
     return _go(settings, resolved, None, RunFolder(folder, resume=True), True, shared, quiet, console)
 
@@ -67,7 +74,7 @@ def _go(
     quiet: bool,
     console: Console | None,
 ) -> Outcome:
-    # Flower and torch are imported by what follows; a wrong setting has been refused before.
+    # Flower is imported by what follows; a wrong setting has been refused before.
     from clients.data.summary import format_summary
     from fl.client_app import client_app
     from fl.engine.cohort_grid import CohortGrid
@@ -76,13 +83,20 @@ def _go(
     from fl.server_app import Server
 
     quiet_flower()
+    # Before anything is computed: a process that has started a thread pool of its own can't fork workers safely.
+    torch.set_num_threads(1)
     console = console or Console()
-    say = (lambda text: None) if quiet else (lambda text: console.print(text, highlight=False))
+
+    def say(text: str) -> None:
+        if not quiet:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     record = _started(settings, resolved, overrides, folder)
     folder.write_config(resolved)
     folder.write_run(record)
     experiment = Experiment(settings, shared, say)
     server: Server | None = None
+    final: dict[str, Any] | None = None
     try:
         say(f"Loading {record['model']} and {record['data']} ...")
         summary = experiment.data.summary()
@@ -90,49 +104,40 @@ def _go(
             console.print(format_summary(summary))
         plan = experiment.choose_plan()
         resolved["engine"] |= plan.settings()
-        trainer = experiment.trainer
         record |= _described(experiment, summary)
         record["settings"] = flat(resolved)
         folder.write_config(resolved)
         folder.write_run(record)
         if not quiet:
             console.print(header(_shown(record, settings, str(folder.path))))
-        jobs = experiment.per_round
+        app = client_app(experiment.node, settings.evaluation.batch_size)
+        node_grid = InProcessGrid(app, copy=settings.engine.message_copy)  # type: ignore[arg-type]
         with (
-            Progress(settings.schedule.rounds, jobs, quiet=quiet, console=console) as progress,
-            CohortGrid(
-                InProcessGrid(
-                    client_app(experiment.node, settings.evaluation.batch_size), copy=settings.engine.message_copy
-                ),
-                len(experiment.data),
-            ) as grid,
+            Progress(settings.schedule.rounds, experiment.per_round, quiet=quiet, console=console) as progress,
+            CohortGrid(node_grid, len(experiment.data)) as grid,
         ):
             server = Server(experiment, folder, progress, resuming)
-            server.app()(grid, grid.grid.server_context())
+            server.app()(grid, node_grid.server_context())
         say("Saving the adapter and evaluating it in float32 ...")
         from fl.saving import export
 
+        assert server.world is not None
         scores = export(experiment, server.world.server.vector, folder.path / "adapter", _card(record, resolved))
         final = {**server.final(), **{k: v for k, v in scores.items() if k != "examples"}}
-        record |= {"status": "completed", "final": final}
-        assert trainer is experiment.trainer
-    except KeyboardInterrupt:
-        record |= {"status": "interrupted"}
-        raise
-    except RunStopped:
-        record |= {"status": "failed"}
+        record["status"] = "completed"
+    except KeyboardInterrupt as error:
+        error.add_note(f"go on with `shoal run --resume {folder.path}`")
         raise
     except BaseException:
-        record |= {"status": "failed"}
+        record["status"] = "failed"
         raise
     finally:
         experiment.close()
-        if server is not None and server.world is not None:
-            record.setdefault("final", None)
-            record["final"] = record["final"] or server.final()
-            record["final"]["peak_memory_bytes"] = (
-                environment.peak_device_memory_bytes() or environment.peak_memory_bytes()
-            )
+        if final is None and server is not None and server.world is not None:
+            final = server.final()
+        if final is not None:
+            memory = environment.peak_device_memory_bytes() or environment.peak_memory_bytes()
+            record["final"] = {**final, "peak_memory_bytes": memory}
         record["finished"] = _now()
         folder.write_run(record)
         folder.close()
@@ -150,17 +155,21 @@ def _now() -> str:
 def _started(
     settings: Settings, resolved: Mapping[str, Any], overrides: list[str] | None, folder: RunFolder
 ) -> dict[str, Any]:
-    """run.json as it is known before anything is loaded. A resumed run keeps when, and with what words, it began."""
-    before = read_run(folder.path) or {}
+    """run.json as it is known before anything is loaded. A resumed run keeps what was known when it was cut off.
+
+    Its status is ``interrupted`` until it ends, which is what a killed run leaves behind.
+    """
+    before = (read_run(folder.path) or {}) if overrides is None else {}
     words = before.get("overrides", []) if overrides is None else overrides
     if overrides is not None:
         folder.write_overrides(overrides)
-    experiment = next((w.partition("=")[2] for w in words if w.startswith("experiment=")), None)
+    experiment = next((w.partition("=")[2] for w in reversed(words) if w.startswith("experiment=")), None)
     return {
+        **before,
         "name": settings.name,
         "experiment": experiment,
         "seed": settings.seed,
-        "status": "running",
+        "status": "interrupted",
         "started": before.get("started") or _now(),
         "finished": None,
         "versions": environment.versions(),
@@ -172,6 +181,7 @@ def _started(
         "privacy": settings.privacy.statement(),
         "settings": flat(resolved),
         "overrides": words,
+        "final": before.get("final"),
     }
 
 

@@ -41,8 +41,9 @@ class Server:
     finished: bool = False
     busy_s: float = 0.0  # wall seconds in rounds, evaluation not counted
     _began: float = field(default_factory=time.perf_counter)
+    restored: bool = False  # whether the state is that of a checkpoint
     _before_s: float = 0.0  # wall seconds before a resume
-    _saved_round: int = -1
+    _unsaved: tuple[dict[str, np.ndarray], dict[str, Any]] | None = None  # what `_save` has to save
 
     @property
     def wall_s(self) -> float:
@@ -59,14 +60,27 @@ class Server:
         return app
 
     def run(self, grid: Grid) -> None:
-        """Train to the end of the schedule. Raises `RunStopped`; a checkpoint is there then."""
-        settings = self.experiment.settings
-        world = self.world = self._world(grid)
+        """Train to the end of the schedule. Raises `RunStopped`.
+
+        However it ends, by Ctrl-C too, the checkpoint is that of the last round that was finished.
+        """
+        world = self._world(grid)
         if self.resume:
             self._restore(world)
-        if world.server.round == 0:
+        self.world = world
+        try:
+            self._train(world)
+        except BaseException:
+            self._save()
+            raise
+        self.finished = True
+
+    def _train(self, world: World) -> None:
+        settings = self.experiment.settings
+        if not self.restored:
             self._evaluate(world, last=False)
-            self._save(world)
+            self._mark(world)
+            self._save()
         mark = time.perf_counter()
         for event in settings.schedule.run(world):
             if event["event"] != "round":
@@ -81,10 +95,10 @@ class Server:
             self.progress.round(
                 event["round"], event["loss"], name, self.newest.get(name), event["virtual_s"], event["epsilon"]
             )
+            self._mark(world)
             if last or world.server.round % settings.checkpoint_every == 0:
-                self._save(world)
+                self._save()
             mark = time.perf_counter()
-        self.finished = True
 
     def _world(self, grid: Grid) -> World:
         experiment, s = self.experiment, self.experiment.settings
@@ -133,11 +147,11 @@ class Server:
         ]
         replies, sent = world.ask(requests)
         world.validator.forget(server.round + 1)
-        checked = {c: world.validator.check_evaluation(m, requests[c]) for c, m in replies.items()}
-        good = {c: r for c, r in checked.items() if isinstance(r, EvaluateReply) and r.examples > 0}
+        checked = [(c, world.validator.check_evaluation(m, requests[c])) for c, m in replies]
+        name = "accuracy" if self.experiment.num_labels else "perplexity"
+        good = {c: r for c, r in checked if isinstance(r, EvaluateReply) and r.examples > 0 and name in r.metrics}
         if not good:
             return None
-        name = "accuracy" if any("accuracy" in r.metrics for r in good.values()) else "perplexity"
         values = [float(good[c].metrics[name]) if c in good else None for c in range(world.number)]  # type: ignore[arg-type]
         mean, std, worst = metrics.spread(values, higher_is_better=name == "accuracy")
         return {
@@ -148,16 +162,16 @@ class Server:
             "per_client": values,
             "loss_mean": float(np.mean([r.loss for r in good.values()])),
             "bytes_down": sum(sent.values()),
-            "bytes_up": sum(payload_bytes(m.content) for m in replies.values() if not m.has_error()),
+            "bytes_up": sum(payload_bytes(m.content) for _, m in replies if not m.has_error()),
         }
 
-    def _save(self, world: World) -> None:
-        """A checkpoint after a finished round: everything that the rest of the run depends on."""
-        arrays, meta = world.server.parts()
+    def _mark(self, world: World) -> None:
+        """Note where a finished round leaves the run: everything that the rest of it depends on, for `_save`."""
+        arrays, server = world.server.parts()
         arrays |= self.experiment.node.memory_arrays()
         meta = {
             "kind": CHECKPOINT,
-            "server": meta,
+            "server": server,
             "clock": world.clock.now,
             "ledger": self.ledger.state(),
             "newest": self.newest,
@@ -165,8 +179,13 @@ class Server:
             "wall_s": self.wall_s,
             "busy_s": self.busy_s,
         }
-        checkpoint.save(self.folder.checkpoint, arrays, meta)
-        self._saved_round = world.server.round
+        self._unsaved = arrays, meta
+
+    def _save(self) -> None:
+        """Save the newest mark as the checkpoint, unless it is saved already."""
+        if self._unsaved is not None:
+            checkpoint.save(self.folder.checkpoint, *self._unsaved)
+            self._unsaved = None
 
     def _restore(self, world: World) -> None:
         found = checkpoint.load(self.folder.checkpoint)
@@ -185,7 +204,7 @@ class Server:
         self.newest = meta["newest"]
         self.busy_s, self._before_s = meta["busy_s"], meta["wall_s"]
         self.folder.truncate(meta["metrics_offset"])
-        self._saved_round = server.round
+        self.restored = True
 
     def final(self) -> dict[str, Any]:
         """The numbers of run.json, from the newest evaluation and the ledger."""

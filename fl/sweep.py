@@ -8,15 +8,18 @@ the runs that are complete and resumes one that was cut off.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import yaml
 from rich.console import Console
 
 from fl.compose import SWEEP_DIR, compose, expand
 from fl.errors import ConfigError, ShoalError
 from fl.records import read_run, write_atomically
+from fl.report.load import plain
 
 
 def sweep(overrides: Sequence[str], quiet: bool = False, console: Console | None = None) -> int:
@@ -32,6 +35,7 @@ def sweep(overrides: Sequence[str], quiet: bool = False, console: Console | None
         o.replace("hydra.run.dir=", "hydra.sweep.dir=", 1) for o in overrides if o.startswith("hydra.run.dir=")
     ]
     axes, jobs = expand(overrides)
+    common = [o for o in overrides if not o.startswith("hydra.") and _split(o)[0] not in axes]
     folder: Path | None = None
     for job in jobs:
         resolved, folders = compose(job)
@@ -39,11 +43,12 @@ def sweep(overrides: Sequence[str], quiet: bool = False, console: Console | None
         folder = folder or folders[SWEEP_DIR]
     assert folder is not None
     folder.mkdir(parents=True, exist_ok=True)
-    _same_sweep(folder, axes)
+    about = {"axes": _values(axes), "common": common}
+    _same_sweep(folder, about)
     described = [
         {"dir": str(i), "overrides": {k: v for k, v in map(_split, job) if k in axes}} for i, job in enumerate(jobs)
     ]
-    write_atomically(folder / "sweep.json", json.dumps({"axes": _values(axes), "runs": described}, indent=1) + "\n")
+    write_atomically(folder / "sweep.json", json.dumps({**about, "runs": described}, indent=1) + "\n")
     shared, failed = Shared(), []
     for i, job in enumerate(jobs):
         place = folder / str(i)
@@ -62,16 +67,21 @@ def sweep(overrides: Sequence[str], quiet: bool = False, console: Console | None
                 f"{n} {final[n]:.4g}" for n in ("accuracy", "perplexity", "loss") if final.get(n) is not None
             )
             _say(console, quiet, f"[{i + 1}/{len(jobs)}] {words}: {shown}  ({final['wall_s']:.0f} s)")
-        except ShoalError as error:
+        except KeyboardInterrupt as error:
+            error.add_note(f"the same command with hydra.sweep.dir={folder} goes on")
+            raise
+        except Exception as error:  # whatever one run does, the others are still worth having
             failed.append(i)
-            _say(console, quiet, f"[{i + 1}/{len(jobs)}] {words}: failed: {error}")
+            if not isinstance(error, ShoalError):
+                traceback.print_exc()
+            print(f"shoal: [{i + 1}/{len(jobs)}] {words}: failed: {error}", file=sys.stderr)
     runs_done = [load_run(folder / str(i)) for i in range(len(jobs)) if (folder / str(i) / "run.json").is_file()]
     if runs_done:
         write_summary_csv(runs_done, folder / "summary.csv")
         report = write_report([folder], folder / "report.html")
         if not quiet:
             console.print(comparison_table(runs_done))
-            console.print(f"Summary  {folder / 'summary.csv'}\nReport   {report}", highlight=False)
+            print(f"Summary  {folder / 'summary.csv'}\nReport   {report}")
     return 1 if failed else 0
 
 
@@ -81,19 +91,19 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def _values(axes: dict[str, list[str]]) -> dict[str, list]:
-    return {key: [yaml.safe_load(v) for v in values] for key, values in axes.items()}
+    return {key: [plain(v) for v in values] for key, values in axes.items()}
 
 
-def _same_sweep(folder: Path, axes: dict[str, list[str]]) -> None:
+def _same_sweep(folder: Path, about: Mapping[str, Any]) -> None:
     """Refuse a folder that holds another sweep: its numbered runs would be taken for this one's."""
     try:
-        before = json.loads((folder / "sweep.json").read_text())["axes"]
-    except (OSError, ValueError, KeyError):
+        before = json.loads((folder / "sweep.json").read_text())
+    except (OSError, ValueError):
         return
-    if before != _values(axes):
+    if any(before.get(name) != value for name, value in about.items()):
         raise ConfigError("hydra.sweep.dir", str(folder), "it holds another sweep", "Choose another folder.")
 
 
 def _say(console: Console, quiet: bool, text: str) -> None:
     if not quiet:
-        console.print(text, highlight=False)
+        console.print(text, highlight=False, markup=False, soft_wrap=True)

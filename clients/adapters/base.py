@@ -45,27 +45,33 @@ class Adapter:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         config = self.config(self.target_modules or targets)
+        name = str(config.peft_type.value)
+        if config.is_prompt_learning:
+            raise ConfigError("adapter", name, "a PEFT method that adapts layers, which prompt learning does not")
         if base.head is not None:
+            if not hasattr(config, "modules_to_save"):
+                raise ConfigError("adapter", name, "on a classifier: a PEFT method that can train a head beside it")
             config.modules_to_save = sorted({*(config.modules_to_save or []), base.head})
         config.base_model_name_or_path = base.name
         try:
             with seeded_globals(seed, "adapter"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model = get_peft_model(base.module, config)  # type: ignore[arg-type]
+                model = get_peft_model(base.module, config)
         except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(
                 "adapter",
-                type(self).__name__,
+                name,
                 f"PEFT refuses it on this model ({reason})",
                 "Choose other adapter.target_modules or another adapter.",
             ) from error
-        if config.is_prompt_learning or not any(isinstance(m, BaseTunerLayer) for m in model.modules()):
-            raise ConfigError(
-                "adapter", config.peft_type, "a PEFT method that adapts layers, which prompt learning does not"
-            )
+        if not any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+            raise ConfigError("adapter", name, "a PEFT method that adapts layers of this model")
         # PEFT sets the name from the model's own configuration where it has one; the base knows better.
         model.peft_config["default"].base_model_name_or_path = base.name
+        for part, parameter in model.named_parameters():
+            if ".ranknum." in part:  # AdaLoRA's number of ranks, which PEFT lets train under bfloat16 but never saves
+                parameter.requires_grad_(False)
         model.eval()
         return model
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from clients.adapters.base import Adapter, LowRank
 from fl.config import setting
+from fl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from clients.models import Base
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,14 @@ class LoRA(Adapter):
             layers_to_transform=self.layers,
         )
 
+    def attach(self, base: Base, targets: list[str], seed: int) -> nn.Module:
+        model = super().attach(base, targets, seed)
+        adapted = [n for n, p in model.named_parameters() if p.requires_grad]
+        for layer in self.layers or []:
+            if not any(f".{layer}." in name for name in adapted):
+                raise ConfigError("adapter.layers", self.layers, f"the model has no layer {layer} with such modules")
+        return model
+
     @property
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
@@ -50,6 +62,8 @@ class LoRA(Adapter):
         if self.dora:
             raise TypeError("DoRA rescales the whole weight; its change is not a product of two factors")
         for name, a in state.items():
-            if ".lora_A." in name:
-                module = name.split(".lora_A.")[0]
-                yield LowRank(module, self.scaling * state[name.replace(".lora_A.", ".lora_B.")], a)
+            # An embedding's factors are named apart; as a linear map of one-hot tokens its change is B A as well.
+            for kind in (".lora_A.", ".lora_embedding_A."):
+                if kind in name:
+                    b = state[name.replace(kind, kind.replace("A", "B"))]
+                    yield LowRank(name.split(kind)[0], self.scaling * b, a)

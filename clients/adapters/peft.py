@@ -9,12 +9,17 @@ from clients.adapters.base import Adapter
 from fl.config import setting
 from fl.errors import ConfigError
 
+# These have targets of their own (normalisation layers, the embeddings); the model's list for LoRA is not meant.
+OWN_TARGETS = ("LN_TUNING", "TRAINABLE_TOKENS")
+# Initialisations of LoRA that leave the base as it is; runs of one process share it.
+UNCHANGED_BASE = (True, False, "gaussian", "orthogonal")
+
 
 @dataclass(frozen=True)
 class Peft(Adapter):
     """``method`` is PEFT's name (``LORA``, ``VERA``, ``MISS`` ..., any case); ``options`` go to its configuration.
 
-    ``rank`` is passed as ``r`` where the method has one and ``options`` does not name it.
+    ``rank`` is passed as ``r`` unless ``options`` names it; a method that has no ``r`` refuses it.
     """
 
     method: str = setting("VERA", help="PEFT's name of the method")
@@ -38,13 +43,22 @@ class Peft(Adapter):
                 raise ConfigError(
                     f"adapter.options.{key}", options[key], f"{cls.__name__} has {', '.join(sorted(fields))}"
                 )
-        if self.rank is not None and "r" in fields:
+        if self.rank is not None:
+            if "r" not in fields:
+                raise ConfigError("adapter.rank", self.rank, f"null: {cls.__name__} has no rank r", "See its options.")
             options.setdefault("r", self.rank)
-        if "target_modules" in fields:
+        if "target_modules" in fields and (self.target_modules or name not in OWN_TARGETS):
             options.setdefault("target_modules", list(targets))
             if "feedforward_modules" in fields:
                 # IA3 scales the input of feed-forward targets and the output of the others.
                 options.setdefault("feedforward_modules", [])
+        initial = options.get("init_lora_weights", True)
+        if initial not in UNCHANGED_BASE:
+            raise ConfigError(
+                "adapter.options.init_lora_weights",
+                initial,
+                "one of true, false, gaussian, orthogonal: the others change the base's own weights or need data",
+            )
         try:
             return cls(**options)
         except (ValueError, TypeError) as error:

@@ -1,7 +1,7 @@
 """The seam between honest work and a client that misbehaves: what it would have replied, and what it replies instead.
 
-A behaviour never touches messages: it changes the plain fields of a reply, after the honest work is done, and says how
-many replies leave the client. So it needs no Flower and works the same on any engine.
+A behaviour never touches messages: it changes the plain fields of a reply, after the honest work is done, or says that
+none leaves the client. So it needs no Flower and works the same on any engine.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ class Behaviour(ABC):
         """Which of the clients 0 to ``number - 1`` misbehave; the same for the same ``key`` (the run's seed)."""
 
     @abstractmethod
-    def apply(self, reply: ReplyFields, *key: Part, known: Sequence[ReplyFields] = ()) -> list[ReplyFields]:
-        """The replies that leave the client instead of ``reply``: none if it stays silent, two if it repeats itself.
+    def apply(self, reply: ReplyFields, *key: Part, known: Sequence[ReplyFields] = ()) -> ReplyFields | None:
+        """What leaves the client instead of ``reply``; None if it stays silent.
 
         ``reply`` is left as it is. Draws come from ``key`` (seed, client, round). ``known`` are the honest replies
         that a colluding client has seen; a behaviour that acts alone ignores them. May raise, as a client may.
         """
 
-    def act(self, reply: ReplyFields, affected: frozenset[int], *key: Part) -> list[ReplyFields]:
+    def act(self, reply: ReplyFields, affected: frozenset[int], *key: Part) -> ReplyFields | None:
         """`apply` if the client is among ``affected`` and ``from_round`` has come, else the honest reply."""
         if reply.client not in affected or reply.round < self.from_round:
-            return [reply]
+            return reply
         return self.apply(reply, *key)
 
 

@@ -35,7 +35,6 @@ class Faulty(SomeClients):
     | wrong_layout  | the hash of another layout                                                           |
     | crash         | raises `InjectedCrash`                                                               |
     | silent        | never replies                                                                        |
-    | duplicate     | replies twice                                                                        |
     | huge_weight   | claims a billion examples                                                            |
     | zero_weight   | claims no examples                                                                   |
     """
@@ -44,19 +43,17 @@ class Faulty(SomeClients):
         "nan",
         choices=[
             *("nan", "inf", "wrong_shape", "oversize", "huge_norm", "wrong_version", "wrong_layout"),
-            *("crash", "silent", "duplicate", "huge_weight", "zero_weight"),
+            *("crash", "silent", "huge_weight", "zero_weight"),
         ],
         help="in which way the clients fail",
     )
 
-    def apply(self, reply: ReplyFields, *key: Part, known: Sequence[ReplyFields] = ()) -> list[ReplyFields]:
+    def apply(self, reply: ReplyFields, *key: Part, known: Sequence[ReplyFields] = ()) -> ReplyFields | None:
         if self.kind == "crash":
             raise InjectedCrash(f"client {reply.client} was told to crash in round {reply.round} (attack=faulty)")
         if self.kind == "silent":
-            return []
-        if self.kind == "duplicate":
-            return [reply, reply]
-        return [_CHANGES[self.kind](reply, generator(*key, "faulty"))]
+            return None
+        return _CHANGES[self.kind](reply, generator(*key, "faulty"))
 
 
 def _spoil(reply: ReplyFields, at: int, value: float) -> ReplyFields:

@@ -18,5 +18,5 @@ class Honest(Behaviour):
     def affected(self, number: int, *key: Part) -> frozenset[int]:
         return frozenset()
 
-    def apply(self, reply: ReplyFields, *key: Part, known: Sequence[ReplyFields] = ()) -> list[ReplyFields]:
-        return [reply]
+    def apply(self, reply: ReplyFields, *key: Part, known: Sequence[ReplyFields] = ()) -> ReplyFields | None:
+        return reply

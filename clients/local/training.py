@@ -13,7 +13,7 @@ from torch import Tensor
 from clients.cohort import Cohort, CohortBatch
 from clients.local.optimizers import AdamW, Optimizer
 from fl.config import setting
-from fl.errors import ConfigError
+from fl.errors import ConfigError, ShoalError
 from fl.keys import generator
 
 Memory = dict[str, np.ndarray]
@@ -78,16 +78,22 @@ class LocalTraining:
             )
 
     def num_steps(self, examples: int) -> int:
-        """Optimiser steps of a client with that many examples."""
+        """Optimiser steps of a client with that many examples: of whole epochs, then of a part of one."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
-        return max(1, math.ceil(self.epochs * examples / self.batch_size - 1e-9))
+        whole = math.floor(self.epochs + 1e-9)
+        part = max(0.0, self.epochs - whole)
+        epoch = math.ceil(examples / self.batch_size)
+        return max(1, whole * epoch + math.ceil(part * examples / self.batch_size - 1e-9))
 
     def batches(self, seed: int, client: int, round: int, examples: np.ndarray) -> list[np.ndarray]:
         """The indices of each step's examples, from the key (seed, "batches", client, round)."""
+        if len(examples) == 0:
+            raise ShoalError(f"client {client} has no examples to train on; raise partition.min_size.")
         rng = generator(seed, "batches", client, round)
-        steps, out = self.num_steps(len(examples)), []
+        steps = self.num_steps(len(examples))
+        out: list[np.ndarray] = []
         while len(out) < steps:
             order = rng.permutation(examples)
             out += [order[low : low + self.batch_size] for low in range(0, len(order), self.batch_size)]

@@ -28,6 +28,8 @@ def from_config(
     """
     with initialization.no_init_weights(), torch.device(device):
         module = auto_class.from_config(config, dtype=dtype, attn_implementation=attention, **options)
+    # Part of the initialisation that was left out above.
+    module.tie_weights()
     for name, tensor in module.named_parameters():
         with torch.no_grad():
             if tensor.ndim < 2:

@@ -37,8 +37,9 @@ class InProcessGrid(Grid):
     """Runs ``client_app`` on ``num_nodes`` nodes, named 2, 3, ..., when their replies are pulled.
 
     Pushed messages wait; a pull runs all that wait, in the order in which they were pushed, and returns its replies
-    in that order. A client that raises becomes an error reply, as in Flower's own runtimes. Each node keeps one
-    `Context` for the grid's life, with ``partition-id`` and ``num-partitions`` in its ``node_config``.
+    sorted by node, so that sums over them repeat bit for bit although Flower's strategies shuffle the nodes. A client
+    that raises becomes an error reply, as in Flower's own runtimes. Each node keeps one `Context` for the grid's
+    life, with ``partition-id`` and ``num-partitions`` in its ``node_config``.
 
     ``copy`` says what a receiver gets, on either side:
 
@@ -114,7 +115,7 @@ class InProcessGrid(Grid):
             return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Run all that waits, then hand out the replies to ``message_ids`` (each once), in the order of pushing."""
+        """Run all that waits, then hand out the replies to ``message_ids`` (each once), by node, then as pushed."""
         with self._lock:
             self._check_open()
             while self._queue:
@@ -122,8 +123,9 @@ class InProcessGrid(Grid):
                 reply = self._copy(self._answer(message))
                 reply.metadata.__dict__["_message_id"] = str(next(self._ids))
                 self._replies[message.metadata.message_id] = reply
-            answered = sorted(self._replies.keys() & set(message_ids), key=int)
-            return [self._replies.pop(message_id) for message_id in answered]
+            numbers = sorted(map(int, self._replies.keys() & set(message_ids)))
+            replies = [self._replies.pop(str(number)) for number in numbers]
+            return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Push and pull. Clients run inside this call, so ``timeout`` has nothing to cut short."""

@@ -84,7 +84,8 @@ def own_record(record: Record) -> Record:
     """A copy of ``record`` that shares nothing which can be changed: only the bytes of its arrays."""
     if isinstance(record, ArrayRecord):
         return quick_record(ArrayRecord, {name: copy.copy(array) for name, array in record.items()})
-    return quick_record(type(record), {k: list(v) if isinstance(v, list) else v for k, v in record.items()})
+    kind: Any = type(record)
+    return quick_record(kind, {name: list(v) if isinstance(v, list) else v for name, v in record.items()})
 
 
 def _array(data: bytes) -> Array:

@@ -1,4 +1,4 @@
-"""Figures of the clients: how each fares at the end, how their spread moved, what each holds, and who worked when."""
+"""Figures of the clients: how each fares at the end, how their spread moved, and what each holds."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 
 from fl.report.load import Run, number
-from fl.report.numbers import human, write
+from fl.report.numbers import write
 from fl.report.plots import client_values
-from fl.report.style import BAD, CARD, INK, MUTED, SERIES, WIDE, WIDTH, Canvas, Picture, canvas, clean, line_style
+from fl.report.style import CARD, INK, SERIES, WIDE, WIDTH, Canvas, Picture, canvas, clean, line_style
 
 MANY = 40  # more clients than this need the full width
 MOST_LABELS = 7
-MOST_JOBS = 900
 
 
 def client_picture(run: Run) -> Picture | None:
@@ -47,7 +46,7 @@ def client_picture(run: Run) -> Picture | None:
                 c.axes.axhline(level * scale, color=color, linewidth=1.2, linestyle=dashes, label=f"{name} {shown}")
         low, high = c.axes.get_ylim()
         for place, (client, value) in enumerate(values[:400]):
-            text = f"{_name(run, client)}: {write(run.metric, value)}"
+            text = f"{client_name(run, client)}: {write(run.metric, value)}"
             c.box_tip(place - 0.5, place + 0.5, low, high, text)
         c.axes.grid(axis="x", visible=False)
         if wide:
@@ -202,67 +201,8 @@ def _label_color(index: int) -> str:
     return SERIES[index % len(SERIES)]
 
 
-def timeline_picture(run: Run) -> Picture | None:
-    """Who worked when, in virtual time: a bar from the version a client started from to its update's arrival.
-
-    None where virtual time stands still. The first jobs are shown where there are very many.
-    """
-    made: dict[Any, list[float]] = {0: [0.0]}  # a round without an accepted update makes its version anew
-    for event in run.rounds:
-        at = number(event.get("virtual_s"))
-        if at is not None:
-            made.setdefault(event.get("version"), []).append(at)
-    jobs = []
-    for event in run.clients:
-        end, client = number(event.get("virtual_s")), event.get("client")
-        if end is None or not isinstance(client, int):
-            continue
-        begin = max((t for t in made.get(event.get("version"), []) if t < end), default=None)
-        if begin is not None:
-            jobs.append((begin, end, client, event))
-    if not jobs:
-        return None
-    cut = jobs[:MOST_JOBS]
-    clients = sorted({client for _, _, client, _ in cut})
-    row = {client: place for place, client in enumerate(clients)}
-    height = float(np.clip(70 + 11.0 * len(clients), 140, 420))
-    thick = float(np.clip((height - 70) / len(clients) * 0.62, 0.8, 7.0))
-    label = "Who worked when (client)" + (
-        "" if len(cut) == len(jobs) else f", the first {len(cut):,} of {len(jobs):,} jobs"
-    )
-    with canvas(label, "virtual time (s)", width=WIDE, height=height) as c:
-        kinds = {
-            "accepted": (SERIES[0], [j for j in cut if j[3].get("accepted") and not j[3].get("staleness")]),
-            "accepted, stale": (SERIES[4], [j for j in cut if j[3].get("accepted") and j[3].get("staleness")]),
-            "rejected": (BAD, [j for j in cut if not j[3].get("accepted")]),
-        }
-        for name, (color, some) in kinds.items():
-            if some:
-                y = [row[client] for _, _, client, _ in some]
-                starts, ends = [j[0] for j in some], [j[1] for j in some]
-                c.axes.hlines(y, starts, ends, color=color, linewidth=thick, label=name, alpha=0.85)
-                # A thin cut at each start keeps jobs apart that follow one another at once.
-                c.axes.plot(starts, y, linestyle="", marker="|", markersize=thick, color=CARD, markeredgewidth=1.0)
-        horizon = max(end for _, end, _, _ in cut)
-        marks = sorted({t for times in made.values() for t in times if 0 < t <= horizon * 1.001})
-        if len(marks) <= 60:
-            for mark in marks:
-                c.axes.axvline(mark, color=MUTED, linewidth=0.6, linestyle=(0, (2, 2)), zorder=0.5)
-        for begin, end, client, event in cut[:400]:
-            what = "accepted" if event.get("accepted") else f"rejected: {event.get('reason')}"
-            text = f"{_name(run, client)}, round {event.get('round')}: {human(end - begin, 'seconds')}, {what}"
-            c.box_tip(begin, end, row[client] - 0.4, row[client] + 0.4, text)
-        step = max(1, len(clients) // 24)
-        c.axes.set_yticks(range(0, len(clients), step), [str(k) for k in clients[::step]], fontsize=7.5)
-        c.axes.set_ylim(len(clients) - 0.4, -0.6)
-        c.axes.set_xlim(0, horizon * 1.01)
-        c.axes.grid(visible=False)
-        if sum(bool(some) for _, some in kinds.values()) > 1:
-            c.legend()
-        return c.finish("timeline", "Which client worked when, in virtual time")
-
-
-def _name(run: Run, client: int) -> str:
+def client_name(run: Run, client: int) -> str:
+    """``client 3``, with its name in the data where it has one."""
     groups = run.partition.get("groups")
     named = isinstance(groups, list) and client < len(groups)
     return f"client {client} ({clean(groups[client])})" if named and isinstance(groups, list) else f"client {client}"

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fl.report.cards import footer, privacy_card, settings_card, status, tile
 from fl.report.client_plots import partition_picture
+from fl.report.final_plot import final_picture
 from fl.report.groups import Group, group, show
 from fl.report.load import Collection, Run
 from fl.report.numbers import DASH, describe, human, in_order, spread, write
 from fl.report.page import Markup, card, figure, join, page, table, tabs, tag
-from fl.report.plots import MOST_LINES, client_quantiles, compared, comparison_curves, final_picture
-from fl.report.run_page import footer, privacy_card, settings_card, status, tile
+from fl.report.plots import MOST_LINES, client_quantiles, compared, comparison_curves
 from fl.report.style import SERIES, Picture
 from fl.report.tables import counted, headline_keys
 

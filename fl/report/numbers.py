@@ -25,7 +25,7 @@ class Number:
 CATALOGUE: dict[str, Number] = {
     "accuracy": Number("Test accuracy", "percent", True, "accuracy"),
     "perplexity": Number("Test perplexity", "fixed", True, "perplexity"),
-    "macro_f1": Number("Test macro-F1", "percent", True, "macro-F1"),
+    "macro_f1": Number("Test macro-F1", "percent", False, "macro-F1"),
     "loss": Number("Test loss", "fixed", True, "loss"),
     "client_accuracy_mean": Number("Clients' own accuracy, mean", "percent"),
     "client_accuracy_worst_decile": Number("Clients' own accuracy, worst decile", "percent", True, "worst decile"),

@@ -156,7 +156,7 @@ figure{margin:0;min-width:0}
 figure.wide{grid-column:1/-1}
 figcaption{color:var(--muted);font-size:13px;margin-top:4px}
 .plot{overflow-x:auto}
-.plot svg{display:block;width:100%;max-width:600px;height:auto}
+.plot svg{display:block;width:100%;max-width:560px;height:auto}
 .wide .plot svg{max-width:none;min-width:640px}
 .tip{fill:transparent}
 .tip:hover{fill:var(--accent);fill-opacity:.25}

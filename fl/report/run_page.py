@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-from fl.report.client_plots import client_history, client_picture, partition_picture, timeline_picture
-from fl.report.groups import show
+from fl.report.cards import footer, privacy_card, settings_card, short, status, tile
+from fl.report.client_plots import client_history, client_picture, partition_picture
 from fl.report.load import Run, number
-from fl.report.numbers import DASH, compact, describe, human, write
+from fl.report.numbers import compact, describe, human, write
 from fl.report.page import Markup, card, figure, join, page, table, tabs, tag
 from fl.report.plots import run_curves, spend_picture
 from fl.report.style import Picture
 from fl.report.tables import final_rows
+from fl.report.timeline import timeline_picture
 
 REASONS = {  # the reasons of fl.validation, in words
     "unexpected": "nobody had asked for it",
@@ -86,12 +85,6 @@ def _header(run: Run) -> Markup:
     )
 
 
-def status(run: Run) -> Markup:
-    """How a run ended, as a coloured label."""
-    kind = run.status if run.status in ("completed", "failed") else "other"
-    return tag("span", run.status, class_=f"status {kind}")
-
-
 def when(run: Run) -> str:
     """`` of 14 March 2026, 09:26`` or nothing."""
     try:
@@ -110,7 +103,15 @@ def _banners(run: Run) -> Markup:
         found.append(tag("p", why, f" ({reached})" if reached else "", class_="banner failed"))
     elif not run.completed:
         text = f"This run has not ended ({run.status}): {reached or 'the numbers are those so far'}. "
-        found.append(tag("p", text, "Go on with ", tag("code", f"shoal run --resume {run.folder}"), class_="banner"))
+        found.append(
+            tag(
+                "p",
+                text,
+                "If it is not at work any more, go on with ",
+                tag("code", f"shoal run --resume {run.folder}"),
+                class_="banner",
+            )
+        )
     if run.skipped_lines:
         lines = "1 line" if run.skipped_lines == 1 else f"{run.skipped_lines:,} lines"
         found.append(tag("p", f"Left out, because unreadable: {lines} of metrics.jsonl.", class_="banner"))
@@ -145,12 +146,6 @@ def _tiles(run: Run) -> Markup:
         tokens = f"{numbers['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in numbers else ""
         tiles.append(tile("Client steps / s", f"{numbers['client_steps_per_s']:,.3g}", tokens))
     return tag("dl", *tiles, class_="tiles") if tiles else Markup("")
-
-
-def tile(name: str, value: str, remark: str = "", main: bool = False) -> Markup:
-    """One headline number."""
-    shown = tag("dd", value, tag("small", remark) if remark else None)
-    return tag("div", tag("dt", name), shown, class_="tile main" if main else "tile")
 
 
 def _curves_card(curves: Any, spent: Picture | None) -> Markup:
@@ -226,71 +221,6 @@ def _partition_card(run: Run, picture: Picture | None) -> Markup | None:
     for key, value in run.settings.items():
         if key.startswith("partition."):
             name = key.removeprefix("partition.")
-            facts.append(("method" if name == "_target_" else name, _short(name, value)))
+            facts.append(("method" if name == "_target_" else name, short(name, value)))
     listed = tag("dl", *[[tag("dt", k), tag("dd", v)] for k, v in facts], class_="facts-list")
     return card("Who holds what", tag("div", figure(picture), listed, class_="figures"))
-
-
-def privacy_card(run: Run) -> Markup:
-    """What is promised about privacy, in words."""
-    text = str(run.info.get("privacy") or "This run makes no statement about privacy.")
-    return card("Privacy", tag("p", text), class_="card privacy")
-
-
-def settings_card(run: Run, common: Mapping[str, Any] | None = None, title: str = "How it was run") -> Markup:
-    """Settings, engine and versions, folded; what was set on the command line is marked."""
-    settings = run.settings if common is None else common
-    groups: dict[str, list[tuple[str, Any]]] = {}
-    for key, value in settings.items():
-        first, _, rest = key.partition(".")
-        groups.setdefault(first if rest else "", []).append((rest or key, value))
-    given = run.overrides if common is None else {}
-    sections = []
-    for name, pairs in sorted(groups.items()):
-        rows = []
-        for key, value in pairs:
-            full = f"{name}.{key}" if name else key
-            text: Any = _short(key, value)
-            rows.append(
-                [tag("dt", "type" if key == "_target_" else key), tag("dd", _marked(text) if full in given else text)]
-            )
-        sections.append(tag("section", tag("h3", name or "experiment"), tag("dl", *rows)))
-    engine = [(k, v) for k, v in dict(run.info.get("engine") or {}).items() if v is not None]
-    machine = [("machine", run.info.get("device")), ("commit", run.info.get("commit"))] + engine
-    parts: list[Markup | None] = []
-    if sections:
-        count = tag("span", f" {len(settings)}")
-        parts.append(tag("details", tag("summary", "Settings", count), tag("div", *sections, class_="settings")))
-    if common is None and run.info.get("overrides"):
-        line = " ".join(str(v) for v in run.info["overrides"])
-        parts.append(tag("details", tag("summary", "Given on the command line"), tag("code", line), open=True))
-    parts.append(_folded("Engine", machine))
-    parts.append(_folded("Versions", list(dict(run.info.get("versions") or {}).items())))
-    known = any(part is not None for part in parts)
-    return card(title, *parts, note="" if known else "Not known: the run left no run.json.")
-
-
-def _marked(text: str) -> Markup:
-    return tag("span", text, class_="set", title="given on the command line")
-
-
-def _folded(name: str, pairs: list[tuple[str, Any]]) -> Markup | None:
-    rows = [[tag("dt", key), tag("dd", show(value))] for key, value in pairs if value is not None]
-    if not rows:
-        return None
-    short = ", ".join(f"{key} {show(value)}" for key, value in pairs[:3] if value is not None) + (
-        " ..." if len(rows) > 3 else ""
-    )
-    return tag("details", tag("summary", name, tag("span", f" {short}")), tag("dl", *rows, class_="facts-list"))
-
-
-def _short(key: str, value: Any) -> str:
-    """A setting's value; of a class's full name only the last part."""
-    text = show(value)
-    return text.rpartition(".")[2] if key.endswith("_target_") else text or DASH
-
-
-def footer(run: Run, folder: Path) -> Markup:
-    """Where the page came from."""
-    version = dict(run.info.get("versions") or {}).get("shoal")
-    return tag("footer", f"Written by Shoal{f' {version}' if version else ''} from ", tag("code", folder.name))

@@ -62,19 +62,24 @@ def counted(item: Group) -> str:
 
 
 def comparison_table(runs: Sequence[Run]) -> Table:
-    """One row a group of runs that differ only in their seed, as a rich table: settings, n, mean ± sd."""
+    """One row a group of runs that differ only in their seed, as a rich table: settings, n, mean ± sd.
+
+    On a narrow terminal the last columns are left out; `write_summary_csv` has them all.
+    """
     from rich.markup import escape
-    from rich.table import Table
+
+    from fl.report.fitting_table import FittingTable
 
     groups = group(runs)
-    table = Table(title="mean ± standard deviation over seeds", title_justify="left")
+    table = FittingTable(title="mean ± standard deviation over seeds", title_justify="left")
     settings = list(groups[0].values) or ["experiment"]
     for key in settings:
         table.add_column(escape(key), overflow="fold")
     table.add_column("n", justify="right")
     keys = headline_keys(groups)
     for key in keys:
-        table.add_column(describe(key).short or describe(key).label, justify="right")
+        table.add_column(describe(key).short or describe(key).label, justify="right", no_wrap=True)
+    table.kept_columns = len(settings) + 2
     for item in groups:
         values = [show(v) for v in item.values.values()] or [item.label]
         cells = [spread(key, *item.statistics(key)[1:]) for key in keys]

@@ -53,9 +53,12 @@ class World:
         """The request to train ``server``'s state; all requests made from one state share its bytes."""
         return TrainRequest(client, round, server.version, server.vector, server.layout.hash, {"lr": lr})
 
-    def ask(self, requests: Sequence[TrainRequest | EvaluateRequest]) -> tuple[dict[int, Message], dict[int, int]]:
-        """Send the requests and wait for the replies: each client's reply, and the bytes that were sent to it.
+    def ask(
+        self, requests: Sequence[TrainRequest | EvaluateRequest]
+    ) -> tuple[list[tuple[int, Message]], dict[int, int]]:
+        """Send the requests and wait for the replies: (client, reply) as they came, and the bytes sent to each client.
 
+        A network may deliver a reply twice; both are returned, and `fl.validation.Validator` counts the first.
         Waiting is polling with `push_messages` and `pull_messages`, which works on every Flower grid. All of an
         in-process grid's replies are there at the first pull.
         """
@@ -66,12 +69,14 @@ class World:
             for record, r in zip(records, requests, strict=True)
         ]
         clients = dict(zip(self.grid.push_messages(messages), (r.client for r in requests), strict=True))
-        replies: dict[int, Message] = {}
+        replies: list[tuple[int, Message]] = []
         waiting, pause_s = set(clients), 0.01
         while waiting:
             for reply in self.grid.pull_messages(sorted(waiting)):
-                replies[clients[reply.metadata.reply_to_message_id]] = reply
-                waiting.discard(reply.metadata.reply_to_message_id)
+                answered = reply.metadata.reply_to_message_id
+                if answered in clients:
+                    replies.append((clients[answered], reply))
+                    waiting.discard(answered)
             if waiting:
                 time.sleep(pause_s)
                 pause_s = min(1.0, pause_s * 1.5)

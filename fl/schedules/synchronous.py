@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from flwr.app import Message
 
 from fl.clock import Clock, EventQueue, Priority, ticks
 from fl.config import setting
@@ -42,29 +43,30 @@ class Synchronous(Schedule):
         requests = {c: world.train_request(c, round, lr, server) for c in asked}
         replies, down = world.ask(list(requests.values()))
         queue = EventQueue(Clock(start))
-        for client, reply in replies.items():
+        heard: set[int] = set()
+        for client, reply in replies:
             checked = world.validator.check(reply, requests[client])
             up = 0 if reply.has_error() else payload_bytes(reply.content)
-            steps = checked.steps if isinstance(checked, TrainReply) else 0
-            job = world.network.job(world.seed, client, round, steps, down[client], up)
+            job = world.network.job(world.seed, client, round, _steps(checked, reply), down[client], up)
             if job.dropped_at is not None:
                 checked, up = Rejection(Reason.ERROR, "its work was lost on the way"), 0
             when = start + (job.total if job.dropped_at is None else job.dropped_at)
-            queue.push(when, Priority.ARRIVE, client, _Arrival(checked, up, down[client]))
+            queue.push(when, Priority.ARRIVE, client, _Arrival(checked, up, 0 if client in heard else down[client]))
+            heard.add(client)
         if self.deadline_s is not None:
             queue.push(start + ticks(self.deadline_s), Priority.SERVER_TICK)
         updates: list[Update] = []
         rejected: Counter[str] = Counter()
         totals: Counter[str] = Counter()
         quota = world.sampling.quota(world.per_round)
-        over = False
-        end = start
+        over, waiting, end = False, len(replies), start
         while queue:
             event = queue.pop()
             if event.priority == Priority.SERVER_TICK:
-                end = end if over else event.time
+                end = event.time if waiting and not over else end
                 over = True
                 continue
+            waiting -= 1
             arrival: _Arrival = event.data
             checked = arrival.checked
             if over and isinstance(checked, TrainReply):
@@ -115,7 +117,7 @@ class Synchronous(Schedule):
 
     def _sample(self, world: World, round: int) -> list[int]:
         """Sampled clients, once enough are available; moves the clock to that moment."""
-        everyone = range(world.number)
+        everyone, begun, cycle = range(world.number), world.clock.now, world.network.cycle
         needed = world.sampling.needed(world.number, world.per_round)
         while True:
             now = world.clock.now
@@ -124,10 +126,11 @@ class Synchronous(Schedule):
                 return world.sampling.sample(world.seed, round, ready, world.number, world.per_round)
             later = [world.network.next_available(world.seed, c, now + 1) for c in everyone if c not in set(ready)]
             times = [t for t in later if t is not None]
-            if not times:
+            if not times or (cycle is not None and min(times) > begun + cycle):
                 raise RunStopped(
-                    f"Round {round} needs {needed} available clients; {len(ready)} are, and no other will ever be. "
-                    "The state before this round is in the checkpoint."
+                    f"Round {round} needs {needed} clients that are available at once, and there will never be that "
+                    "many. Lower clients.per_round, raise network.availability, or use sampling=available. The state "
+                    "before this round is in the checkpoint."
                 )
             world.clock.advance(min(times))
 
@@ -137,6 +140,17 @@ class _Arrival:
     checked: TrainReply | Rejection
     bytes_up: int
     bytes_down: int
+
+
+def _steps(checked: TrainReply | Rejection, reply: Message) -> int:
+    """Local steps behind a reply: of a rejected one what it claims, since its client was at work all the same."""
+    if isinstance(checked, TrainReply) or reply.has_error():
+        return checked.steps if isinstance(checked, TrainReply) else 0
+    try:
+        claimed = TrainReply.from_record(reply.content).steps
+    except Exception:  # the sender decides what is in it, so anything may break
+        return 0
+    return claimed if 0 <= claimed < 2**31 else 0
 
 
 def _update(reply: TrainReply, sent: int, arrived: int) -> Update:
@@ -149,7 +163,7 @@ def _update(reply: TrainReply, sent: int, arrived: int) -> Update:
 def _client_event(
     round: int, version: int, client: int, time: int, checked: TrainReply | Rejection, arrival: _Arrival
 ) -> dict[str, Any]:
-    good = checked if isinstance(checked, TrainReply) else None
+    good = arrival.checked if isinstance(arrival.checked, TrainReply) else None
     return {
         "event": "client",
         "round": round,
@@ -163,6 +177,6 @@ def _client_event(
         "steps": good.steps if good else None,
         "tokens": good.tokens if good else None,
         "loss": good.loss if good else None,
-        "accepted": good is not None,
+        "accepted": isinstance(checked, TrainReply),
         "reason": None if isinstance(checked, TrainReply) else checked.reason.value,
     }

@@ -1,17 +1,16 @@
 """The bundled models: what they compute, that they are frozen, and that a seed means the same weights."""
 
 import importlib.util
-import json
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
 from clients.data.sources.tiny import Tiny
-from clients.models import MiniLM, Shape, SmolLM2, TinyDecoder, TinyEncoder, load_for_adapter, minilm, smollm2
+from clients.models import MiniLM, Shape, SmolLM2, TinyDecoder, TinyEncoder, minilm, smollm2
 from clients.models.pooled import masked_mean
 from clients.models.random_weights import from_config
 from fl.errors import ConfigError, ShoalError
@@ -162,7 +161,8 @@ def test_minilm_puts_like_sentences_together():
         assert base.module(**text).logits.abs().max() == 0
     likeness = vectors @ vectors.T
     # The values that sentence-transformers gives for this model.
-    assert likeness[0, 1] == pytest.approx(0.6, abs=0.15) and likeness[0, 2] < 0.15
+    assert likeness[0, 1].item() == pytest.approx(0.6571, abs=1e-3)
+    assert likeness[0, 2].item() == pytest.approx(0.0037, abs=1e-3)
 
 
 def test_minilm_loads_quietly(capfd, caplog):
@@ -187,7 +187,8 @@ def test_minilm_without_its_package_says_how_to_get_it(monkeypatch):
 def test_shape_takes_changes_and_refuses_unknown_ones():
     base = Shape(architecture="llama-1b", config={**SMALL, "num_key_value_heads": 1, "head_dim": 8}).load(None, 0)
     assert base.module.model.layers[0].self_attn.q_proj.weight.shape == (16, 24)
-    assert base.module.config.vocab_size == 128256 and base.module.config.tie_word_embeddings
+    assert base.module.config.vocab_size == 128256
+    assert base.module.lm_head.weight is base.module.get_input_embeddings().weight
     for config, text in [
         ({"hiden_size": 3}, "bert has no such setting"),
         ({"hidden_size": 25, "num_attention_heads": 2}, r"model\.config"),
@@ -210,46 +211,6 @@ def test_shape_is_drawn_in_its_own_dtype(monkeypatch):
     weight = module.model.layers[0].mlp.up_proj.weight.detach().float()
     assert weight.std().item() == pytest.approx(24**-0.5, rel=0.1)
     assert (module.model.norm.weight == 1).all()
-
-
-def saved_adapter(spec, num_labels, folder):
-    """An adapter with random values in every trained tensor, as a run would leave it, and the model it came from."""
-    base = spec.load(num_labels, 3)
-    with seeded_globals("adapter"):
-        config = LoraConfig(
-            r=2,
-            target_modules=spec.target_modules,
-            modules_to_save=[base.head] if base.head else None,
-            task_type="SEQ_CLS" if base.head else "CAUSAL_LM",
-        )
-        model = get_peft_model(base.module, config)
-    draw = generator("adapter")
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data.copy_(torch.from_numpy(draw.normal(size=tuple(p.shape)) * 0.3))
-    model.save_pretrained(folder)
-    target = f"clients.models.{type(spec).__name__}"
-    about = {"model": {"_target_": target, "layers": 2}, "num_labels": num_labels, "seed": 3}
-    (folder / "shoal.json").write_text(json.dumps(about))
-    return model.eval(), base.tokenizer
-
-
-@pytest.mark.parametrize(("spec", "labels"), [(TinyEncoder(), 3), (TinyDecoder(), None)], ids=str)
-def test_an_adapter_folder_gives_back_the_same_logits(tmp_path, spec, labels):
-    model, tokenizer = saved_adapter(spec, labels, tmp_path)
-    again = PeftModel.from_pretrained(load_for_adapter(tmp_path), tmp_path).eval()
-    text = inputs(tokenizer, ["the ferry was bright", "we found the map very plain today"])
-    with torch.no_grad():
-        expected, found = model(**text).logits, again(**text).logits
-    assert expected.abs().max() > 0.01 and torch.equal(expected, found)
-
-
-@pytest.mark.parametrize("content", [None, "{", '{"model": {}}', "[]"])
-def test_a_folder_that_is_no_adapter_of_a_run_is_refused(tmp_path, content):
-    if content is not None:
-        (tmp_path / "shoal.json").write_text(content)
-    with pytest.raises(ShoalError, match=r"shoal\.json"):
-        load_for_adapter(tmp_path)
 
 
 def test_smollm2_without_gguf_names_the_extra(monkeypatch, tmp_path):

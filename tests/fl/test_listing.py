@@ -87,7 +87,7 @@ def test_the_list_names_every_option_and_marks_defaults(folder, monkeypatch):
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "* one the first [of] all" in lines  # markup in a comment stays text
     assert "three the third" in lines
-    assert "clients.number 10" in lines
+    assert any(line.startswith("clients.number 10") for line in lines)
     assert "rate" not in text and "not an option" not in text
 
 

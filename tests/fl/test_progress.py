@@ -93,6 +93,7 @@ def test_the_last_numbers_stand_until_there_are_newer_ones():
     progress = Progress(4, 1, quiet=True, console=plain(), clock=FakeClock())
     progress.round(1, 0.9, "accuracy", 0.5, 1.0, 0.5)
     progress.round(2, 0.8)
+    progress.round(3)
     assert progress.facts()[:4] == ["loss 0.800", "accuracy 50.0 %", "epsilon 0.500", "virtual 1.00 s"]
 
 

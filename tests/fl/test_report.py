@@ -19,6 +19,7 @@ from fl.report.curves import Axis, axes_of, mean_curve, metric_curve
 from fl.report.groups import group, varying
 from fl.report.numbers import human, spread, write
 from fl.report.page import tag
+from fl.report.plots import compared
 from fl.report.style import VARIABLES, inline_svg
 from fl.report.tables import final_rows
 from tests.fl.synthetic_runs import STATE_BYTES, write_run, write_sweep
@@ -31,7 +32,7 @@ SECONDS = Axis("virtual_s", "Seconds", "s")
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory) -> Path:
     """Three settings times three seeds."""
-    return write_sweep(tmp_path_factory.mktemp("sweep"), {"partition.alpha": [100, 0.1, 1], "seed": [0, 1, 2]})
+    return write_sweep(tmp_path_factory.mktemp("sweep"), {"partition.alpha": [100, 0.1, 20], "seed": [0, 1, 2]})
 
 
 @pytest.fixture(scope="module")
@@ -208,9 +209,9 @@ def test_mean_and_deviation_share_a_unit():
 
 def test_groups_leave_the_seed_out_and_are_in_the_order_of_their_numbers(sweep):
     groups = group(load_all([sweep]).runs)
-    assert [item.values for item in groups] == [{"partition.alpha": v} for v in (0.1, 1, 100)]
+    assert [item.values for item in groups] == [{"partition.alpha": v} for v in (0.1, 20, 100)]
     assert [[run.seed for run in item.runs] for item in groups] == [[0, 1, 2]] * 3
-    assert [item.label for item in groups] == ["alpha=0.1", "alpha=1", "alpha=100"]
+    assert [item.label for item in groups] == ["alpha=0.1", "alpha=20", "alpha=100"]
 
 
 def test_statistics_are_the_sample_mean_and_deviation_of_completed_runs(tmp_path):
@@ -241,10 +242,10 @@ def test_runs_outside_a_sweep_are_told_apart_by_few_overrides(tmp_path):
 
 def test_overrides_that_miss_a_difference_give_way_to_settings(tmp_path):
     folders = [
-        write_run(tmp_path / str(i), overrides=["local.lr=0.1"], settings={"local.lr": 0.1, "local.mu": mu})
-        for i, mu in enumerate([0, 1])
+        write_run(tmp_path / str(i), overrides=[f"local.lr={lr}"], settings={"local.lr": lr, "local.mu": mu})
+        for i, (lr, mu) in enumerate([(0.1, 0), (0.1, 1), (0.2, 0)])
     ]
-    assert varying(load_all(folders).runs) == {"local.mu": [0, 1]}
+    assert varying(load_all(folders).runs) == {"local.lr": [0.1, 0.1, 0.2], "local.mu": [0, 1, 0]}
 
 
 def test_summary_csv_holds_every_final_number_in_full(sweep, tmp_path):
@@ -252,10 +253,10 @@ def test_summary_csv_holds_every_final_number_in_full(sweep, tmp_path):
     path = write_summary_csv(runs, tmp_path / "summary.csv")
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["partition.alpha"] for row in rows] == ["0.1", "1", "100"]
+    assert [row["partition.alpha"] for row in rows] == ["0.1", "20", "100"]
     assert [(row["n"], row["runs"], row["failed"], row["seeds"]) for row in rows] == [("3", "3", "0", "0 1 2")] * 3
     for key in ("accuracy", "loss", "bytes_up", "wall_s", "client_steps_per_s", "client_accuracy_worst_decile"):
-        values = [run.numbers[key] for run in runs if run.axes["partition.alpha"] == 1]
+        values = [run.numbers[key] for run in runs if run.axes["partition.alpha"] == 20]
         assert float(rows[1][f"{key}_mean"]) == pytest.approx(statistics.mean(values), rel=1e-12)
         assert float(rows[1][f"{key}_std"]) == pytest.approx(statistics.stdev(values), rel=1e-12, abs=1e-12)
     assert {f"{key}_mean" for run in runs for key in run.numbers} <= set(rows[0])
@@ -286,6 +287,18 @@ def test_the_comparison_table_has_a_row_a_setting(sweep):
     for item in group(runs):
         (line,) = [line for line in lines if re.search(rf"\s{item.values['partition.alpha']}\s", line)]
         assert " 3 " in line and spread("accuracy", *item.statistics("accuracy")[1:]) in line
+
+
+def test_a_narrow_terminal_gets_fewer_columns_and_whole_ones(sweep):
+    runs = load_all([sweep]).runs
+    console = Console(width=72, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(comparison_table(runs))
+    text = console.export_text()
+    (first, *_) = group(runs)
+    assert spread("accuracy", *first.statistics("accuracy")[1:]) in text
+    assert "client-steps/s" in text[text.index("left out for want of room:") :].replace("\n", " ")
+    assert max(map(len, text.splitlines())) <= 72 and "…" not in text
+    assert "left out" not in rendered(comparison_table(runs))
 
 
 def test_the_comparison_table_counts_what_did_not_complete(tmp_path):
@@ -339,8 +352,10 @@ def test_a_report_of_one_run_holds_everything_and_needs_no_network(single):
         assert title in page.text
     for shown in (run.info["privacy"], run.info["commit"], "2.13.0", "SGD", write("accuracy", run.final["accuracy"])):
         assert shown in page.text
+    accepted = sum(event["accepted"] for event in run.clients)
+    assert f"{accepted} of 50 updates were accepted." in page.text
     for reason, count in run.rejected.items():
-        assert f"{reason} {count}" in page.text
+        assert re.search(rf"{reason} ([a-z' ]+) {count} ", page.text, re.I)  # the reason in words, then the count
     assert not re.search(r"https?:|@import|\bsrc=|url\((?!#)", text)
     assert page.tags.count("script") == 1 and "img" not in page.tags
     assert all(target.startswith("#") or target == "data:," for target in page.values("href"))
@@ -381,7 +396,7 @@ def test_the_same_run_gives_the_same_report(tmp_path):
         assert png.read_bytes() == (tmp_path / "b" / "plots" / png.name).read_bytes()
 
 
-EVIL = '<script>alert("x")</script><img src=x onerror=y>&"\'$\\frac{'
+EVIL = '<script>alert("x")</script><img src=x onerror=y>&"\'$\\frac{$'
 
 
 def test_no_string_of_a_user_becomes_html(tmp_path):
@@ -449,6 +464,10 @@ def test_many_settings_are_all_in_the_table_and_the_best_are_drawn(tmp_path):
     page = Page(write_report([folder], folder).read_text(encoding="utf-8"))
     assert "Curves show the 12 best of 15 settings" in page.text
     assert page.text.count("15 of 15") == 1
+    runs = load_all([folder]).runs
+    best = sorted(runs, key=lambda run: run.numbers["accuracy"])[3:]
+    drawn = [run for item in compared(group(runs)) for run in item.runs]
+    assert drawn == [run for run in runs if run in best]
 
 
 CASES = {

@@ -6,7 +6,7 @@ import pytest
 from clients.data import source
 from clients.data.sources.sotu import Sotu
 from clients.data.sources.tiny import Tiny
-from clients.models import TinyDecoder, TinyEncoder
+from clients.models import Shape, TinyDecoder, TinyEncoder
 from fl.errors import ConfigError
 
 ENCODER = TinyEncoder()
@@ -53,6 +53,8 @@ def test_another_tokenizer_or_task_has_its_own_tokens(cache, times_tokenised):
     train, _ = Tiny().load(ENCODER)
     causal, _ = Tiny().load(TinyDecoder())
     assert len(times_tokenised) == 4 and train.fingerprint != causal.fingerprint
+    by_bytes, _ = Tiny().load(Shape())
+    assert by_bytes.task == train.task and by_bytes.lengths.mean() > train.lengths.mean()
     assert (train.task, causal.task) == ("classification", "causal_lm")
     # Labels stay, for partitions.
     assert causal.labels is not None and causal.batch(np.array([0])).labels.ndim == 2
