@@ -35,6 +35,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.cohort
+	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.grid
 
 clean:

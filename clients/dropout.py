@@ -23,8 +23,8 @@ from fl.keys import Part, torch_generator
 class DropoutKeys:
     """The generators of one forward pass. Empty means that dropout is off (evaluation).
 
-    ``samples``: one generator a row of the batch (None where the row is padding); ``lengths``: the tokens of each row;
-    ``width``: the padded length T of the batch.
+    ``samples``: one generator a row of the batch (None for padding, or in a slot without dropout); ``lengths``: the
+    tokens of each row; ``width``: the padded length T of the batch.
     """
 
     samples: list[torch.Generator | None] = field(default_factory=list)
@@ -90,6 +90,7 @@ def drop(x: Tensor, p: float, keys: DropoutKeys) -> Tensor:
     for row in range(rows):
         source = keys.samples[keys.first + row]
         if source is None:
+            mask[row] = 1 - p
             continue
         # Only the sample's own tokens draw from its generator, so that padding changes no mask.
         mine = mask[row, : keys.lengths[keys.first + row]] if tokens else mask[row]

@@ -159,11 +159,11 @@ def _cached(path: Path) -> Plan | None:
     """The plan in ``path``; None where there is none, or none that can be read: then it is measured again."""
     try:
         found = json.loads(path.read_text())["plan"]
-        plan = Plan(**found)
-    except (OSError, ValueError, TypeError, LookupError):
+        types = {name: type(value) for name, value in found.items()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
-    same = all(type(value) is type(getattr(Plan(), name)) for name, value in found.items())
-    return plan if same else None
+    right = types == {name: type(value) for name, value in Plan().settings().items()}
+    return Plan(**found) if right else None
 
 
 def describe(plan: Plan) -> str:

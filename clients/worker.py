@@ -64,7 +64,7 @@ class Worker:
         """`Scores` of the examples of the set ``name`` under ``state`` ``(d,)``: one batch, no dropout."""
         batch = self._batch(name, [examples], None)
         with torch.no_grad():
-            row = torch.from_numpy(np.asarray(state, dtype=np.float32)).to(self.cohort.device)[None]
+            row = torch.tensor(np.asarray(state, dtype=np.float32), device=self.cohort.device)[None]
             logits = self.cohort.logits(self.cohort.layout.views(row), batch)
             if self.cohort.task == "classification":
                 loss = classification_loss(logits, batch.labels)[0]

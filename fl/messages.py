@@ -289,7 +289,7 @@ def _value_bytes(value: Any) -> int:
     if isinstance(value, bool):
         return 2
     if isinstance(value, int):
-        return 1 + _varint(value if value >= 2**63 else 2 * value if value >= 0 else -2 * value - 1)  # zigzag
+        return 1 + _varint(2 * value if value >= 0 else -2 * value - 1)  # zigzag; a uint64 from 2**63 on has as many
     if isinstance(value, float):
         return 9
     if isinstance(value, str | bytes):

@@ -44,7 +44,8 @@ class RunFolder:
         self.path = Path(path)
         if resume:
             if not (self.path / RUN).is_file():
-                raise ShoalError(f"{self.path} holds no run to resume: it has no {RUN}.")
+                way_out = "Give the folder that `shoal run` printed, or start the run anew."
+                raise ShoalError(f"{self.path} holds no run to resume: it has no {RUN}. {way_out}")
         else:
             self._start(overwrite)
         # a resumed run writes from where `truncate` puts it; until then nothing that is there may be lost

@@ -128,8 +128,8 @@ def _go(
     except KeyboardInterrupt as error:
         error.add_note(f"go on with `shoal run --resume {folder.path}`")
         raise
-    except BaseException:
-        record["status"] = "failed"
+    except BaseException as error:
+        record |= {"status": "failed", "error": " ".join(str(error).split()) or type(error).__name__}
         raise
     finally:
         experiment.close()
@@ -182,6 +182,7 @@ def _started(
         "settings": flat(resolved),
         "overrides": words,
         "final": before.get("final"),
+        "error": None,
     }
 
 

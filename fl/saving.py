@@ -31,7 +31,7 @@ def export(experiment: Experiment, vector: np.ndarray, folder: Path, card: Mappi
     """
     device = experiment.trainer.plan.device
     cohort = experiment.cohort(torch.float32, "sdpa", device)
-    state = torch.from_numpy(np.asarray(vector, dtype=np.float32))
+    state = torch.tensor(np.asarray(vector, dtype=np.float32))
     test = experiment.data.test
     # The evaluation forks before this process does any arithmetic of its own.
     scores = _evaluate(experiment, cohort, vector, test)

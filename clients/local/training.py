@@ -66,7 +66,7 @@ class LocalTraining:
     accumulation: int = setting(1, ge=1, help="parts that a batch is split in, to save memory")
     lr_schedule: str = setting("constant", choices=["constant", "cosine", "linear", "step"], help="over the rounds")
     lr_warmup_rounds: int = setting(0, ge=0, help="rounds of linear warm-up")
-    lr_final: float = setting(0.0, ge=0, le=1, help="share of lr at the last round (cosine, linear)")
+    lr_final: float = setting(0.0, ge=0, le=1, help="share of lr that the schedule ends at, after the last round (cosine, linear)")
     lr_step_rounds: int = setting(10, ge=1, help="rounds between decays (step)")
     lr_gamma: float = setting(0.5, gt=0, le=1, help="factor of a decay (step)")
     optimizer: Optimizer = setting(AdamW(), help="what applies a gradient")
@@ -103,11 +103,11 @@ class LocalTraining:
         """Learning rate in ``round`` (from 1) of ``rounds``: warm-up, then the schedule.
 
         cosine: ``lr (f + (1-f) (1 + cos(pi x))/2)``, linear: ``lr (1 - (1-f) x)``, with ``x`` the share of the rounds
-        after the warm-up that are done and ``f = lr_final``; step: ``lr gamma^floor((round-1)/lr_step_rounds)``.
+        after the warm-up that are done (so the last round still moves) and ``f = lr_final``; step: ``lr gamma^floor((round-1)/lr_step_rounds)``.
         """
         if round <= self.lr_warmup_rounds:
             return self.lr * round / (self.lr_warmup_rounds + 1)
-        x = min(1.0, (round - 1 - self.lr_warmup_rounds) / max(1, rounds - 1 - self.lr_warmup_rounds))
+        x = min(1.0, (round - 1 - self.lr_warmup_rounds) / max(1, rounds - self.lr_warmup_rounds))
         if self.lr_schedule == "cosine":
             return self.lr * (self.lr_final + (1 - self.lr_final) * (1 + math.cos(math.pi * x)) / 2)
         if self.lr_schedule == "linear":
@@ -128,7 +128,7 @@ class LocalTraining:
         counts = [len(w.batches) for w in works]
         if counts != sorted(counts, reverse=True):
             raise ValueError("a cohort's jobs go in order of falling number of steps")
-        start = torch.stack([torch.from_numpy(np.asarray(w.start, dtype=np.float32)) for w in works]).to(cohort.device)
+        start = torch.from_numpy(np.stack([w.start for w in works]).astype(np.float32, copy=False)).to(cohort.device)
         params = start.clone()
         state = self.optimizer.init(params)
         lr = torch.tensor([[w.lr] for w in works], dtype=params.dtype, device=params.device)

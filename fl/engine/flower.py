@@ -1,6 +1,6 @@
 """What Shoal does to Flower beyond its public API, all in one place: identity, logging, and quick records.
 
-Checked against flwr 1.41, which is pinned; ``tests/fl/test_in_process.py`` fails if another version differs.
+Checked against flwr 1.41, which is pinned; ``tests/fl/test_flower.py`` fails if another version differs.
 """
 
 from __future__ import annotations

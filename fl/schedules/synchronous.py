@@ -23,6 +23,12 @@ from fl.state import Update
 from fl.validation import Reason, Rejection
 
 
+_WAY_OUT = (
+    "The state before this round is in the checkpoint: `shoal run --resume DIR` tries the round again, with what was "
+    "changed in DIR/config.yaml."
+)
+
+
 @dataclass(frozen=True)
 class Synchronous(Schedule):
     """Rounds of sampled clients that all start from the newest version."""
@@ -88,9 +94,8 @@ class Synchronous(Schedule):
         if asked and len(updates) < self.min_clients:
             raise RunStopped(
                 f"Round {round} has {len(updates)} accepted updates of {len(asked)} clients asked; "
-                f"schedule.min_clients is {self.min_clients}. Rejected: {dict(rejected) or 'none'}. The state before "
-                "this round is in the checkpoint; lower schedule.min_clients, or raise schedule.deadline_s or "
-                "clients.per_round."
+                f"schedule.min_clients is {self.min_clients}. Rejected: {dict(sorted(rejected.items())) or 'none'}. "
+                f"{_WAY_OUT}"
             )
         new = server
         if updates:
@@ -129,8 +134,7 @@ class Synchronous(Schedule):
             if not times or (cycle is not None and min(times) > begun + cycle):
                 raise RunStopped(
                     f"Round {round} needs {needed} clients that are available at once, and there will never be that "
-                    "many. Lower clients.per_round, raise network.availability, or use sampling=available. The state "
-                    "before this round is in the checkpoint."
+                    f"many. Lower clients.per_round, raise network.availability, or use sampling=available. {_WAY_OUT}"
                 )
             world.clock.advance(min(times))
 

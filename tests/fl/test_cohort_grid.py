@@ -383,19 +383,21 @@ def test_random_damage_to_a_reply_never_raises():
 
 
 def test_replies_that_nobody_waits_for_are_ignored():
-    def twice(reply):
-        return reply
+    pulls = []
 
     class Repeating(Watching):
         def pull_messages(self, message_ids):
+            pulls.append(message_ids)
             replies = super().pull_messages(message_ids)
             stranger = Message(RecordDict(), reply_to=Message(RecordDict(), 2, "train"))
             return [stranger, *replies, *replies]
 
-    grid = CohortGrid(Repeating(InProcessGrid(cohort_app(answer_all), 2), twice), 4)
+    grid = CohortGrid(Repeating(InProcessGrid(cohort_app(answer_all), 2)), 4)
     ids = grid.push_messages(ask(range(4)))
     assert len(grid.pull_messages(ids)) == 4
     assert grid.pull_messages(ids) == []
+    assert len(pulls) == 1  # nobody is on the way any more
+    assert not grid._wanted and not grid._in_flight and not grid._replies  # nor is anything kept
 
 
 class Slow(Watching):
@@ -409,7 +411,7 @@ class Slow(Watching):
 
 def test_waiting_ends_when_all_have_answered():
     grid = CohortGrid(slow := Slow(InProcessGrid(cohort_app(answer_all), 3)), 7)
-    replies = grid.send_and_receive(ask([6, 5, 4, 3, 2, 1, 0]), poll_s=0)
+    replies = grid.send_and_receive(ask([6, 5, 4, 3, 2, 1, 0]), timeout=600, poll_s=0)
     assert [client_of(r.metadata.src_node_id) for r in replies] == list(range(7))
     assert slow.pulls == 4
 
@@ -422,6 +424,22 @@ def test_what_comes_after_the_timeout_is_dropped():
     ids = [m.metadata.message_id for m in sent]
     got = [r for _ in range(3) for r in grid.pull_messages(ids + later)]
     assert [r.metadata.reply_to_message_id for r in got] == later
+
+
+def test_a_node_message_lives_as_long_as_the_longest_of_its_clients():
+    grid = CohortGrid(watching := Watching(InProcessGrid(cohort_app(answer_all))), 3)
+    sent = ask(range(3))
+    for message, ttl in zip(sent, (10.0, 30.0, 20.0), strict=True):
+        message.metadata.ttl = ttl
+    grid.send_and_receive(sent)
+    assert [m.metadata.ttl for m in watching.sent] == [30.0]
+
+
+def test_a_node_refuses_a_request_without_content():
+    with InProcessGrid(cohort_app(answer_all)) as grid:
+        header = {"clients": [0], "ids": ["c1"], "groups": [""], "join": True}
+        (reply,) = grid.send_and_receive([Message(pack([Error(1, "no request")], header, join=True), 2, "train")])
+    assert "no request" in reply.error.reason
 
 
 # Delivered twice

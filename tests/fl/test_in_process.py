@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Krum
 from flwr.supercore.task_identity import TaskIdentity
 
-from fl.engine.flower import quick_record, quiet_flower
+from fl.engine.flower import quiet_flower
 from fl.engine.in_process import InProcessGrid
 from fl.errors import ShoalError
 
@@ -276,15 +276,6 @@ def test_the_identity_of_another_runtime_is_left_alone(monkeypatch):
     assert (sent[0].metadata.src_node_id, reply.metadata.dst_node_id) == (SUPERLINK_NODE_ID, SUPERLINK_NODE_ID)
 
 
-def test_the_identity_is_set_where_there_is_none(monkeypatch):
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, None)
-    with pytest.raises(RuntimeError):
-        messages([2])
-    with InProcessGrid(echo) as grid:
-        assert len(grid.send_and_receive(messages([2]))) == 1
-
-
 def test_a_closed_grid_says_so():
     grid = InProcessGrid(echo)
     ids = grid.push_messages(messages([2]))
@@ -319,30 +310,5 @@ def test_contexts_name_the_partition_and_carry_the_run_config():
         assert grid.server_context().run_config == {"lr": 0.1}
     assert [c.node_config for c in seen] == [{"partition-id": i, "num-partitions": 2} for i in range(2)]
     assert all(c.run_config == {"lr": 0.1} for c in seen)
-
-
-def test_a_quick_record_is_what_flower_would_make():
-    for kind, values in (
-        (ConfigRecord, {"a": 1, "b": [True], "c": "x"}),
-        (MetricRecord, {"a": 1.5}),
-        (ArrayRecord, {"a": Array(np.zeros(2))}),
-        (RecordDict, {"m": MetricRecord({"a": 1})}),
-    ):
-        quick, slow = quick_record(kind, values), kind(values)
-        assert type(quick) is kind and quick == slow
-        assert list(quick) == list(values)
-        assert quick.object_id == slow.object_id
-        quick["z"] = next(iter(values.values()))
-        assert "z" not in values
-
-
-def test_flower_logs_a_line_once(caplog):
-    import flwr.supercore.logger
-
-    logger = flwr.supercore.logger.FLOWER_LOGGER
-    logger.addHandler(flwr.supercore.logger.console_handler)
-    quiet_flower()
-    assert logger.handlers == []
-    logger.info("hidden")
-    logger.warning("shown")
-    assert [r.message for r in caplog.records if r.name == "flwr"] == ["shown"]
+    seen[0].run_config["lr"] = 0.2
+    assert seen[1].run_config == {"lr": 0.1}

@@ -115,9 +115,23 @@ def test_what_was_decoded_is_frozen_already():
         np.frombuffer(np.arange(6, dtype="<f4").tobytes(), "<f4")[1:],
         np.frombuffer(np.arange(6, dtype="<i4").tobytes(), "<i4"),
         np.frombuffer(bytearray(24), "<f4"),
+        np.frombuffer(bytes(range(24)), "<f4", count=3),
+        np.ndarray((6,), "<f4", bytes(range(24)), offset=20, strides=(-4,)),
         np.zeros(0, np.float32),
     ],
-    ids=["plain", "float64", "big-endian", "strided", "reversed", "part", "integers", "bytearray", "empty"],
+    ids=[
+        "plain",
+        "float64",
+        "big-endian",
+        "strided",
+        "reversed",
+        "part",
+        "integers",
+        "bytearray",
+        "start",
+        "backwards",
+        "empty",
+    ],
 )
 def test_freezing_keeps_the_values_and_nothing_else(vector):
     frozen = freeze(vector)
