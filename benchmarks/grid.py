@@ -13,7 +13,8 @@ number of clients and size of the state, in a process of its own:
 
 The last three include encoding and decoding at both ends. A time is the median over repeats (a single one for 10,000
 clients), divided by the number of clients; about half of it there is Python's garbage collector, which looks through
-all messages that are alive. Memory is the growth of the process's peak while ``whole`` runs; the state itself is counted in it once.
+all messages that are alive. Memory is the growth of the process's peak while ``whole`` runs; the state itself is
+counted in it once.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import multiprocessing as mp
 import os
 import signal
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -45,12 +45,12 @@ class Pool:
             self.children.append(child)
             self.pipes.append(ours)
 
-    def run(self, tasks: Sequence[Task]) -> list[Any]:
-        """Results of the tasks, in their order."""
+    def run(self, tasks: Sequence[Task], done: Callable[[Any], None] = lambda _: None) -> list[Any]:
+        """Results of the tasks, in their order; ``done`` is told of each as it comes."""
         if not self.pipes:
             raise ShoalError("The worker processes are gone; start the run again with --resume.")
         try:
-            results, failure = self._run(tasks)
+            results, failure = self._run(tasks, done)
         except BaseException:
             self.close()
             raise
@@ -58,7 +58,7 @@ class Pool:
             raise ShoalError(f"A worker process failed:\n{failure}")
         return results
 
-    def _run(self, tasks: Sequence[Task]) -> tuple[list[Any], str | None]:
+    def _run(self, tasks: Sequence[Task], done: Callable[[Any], None]) -> tuple[list[Any], str | None]:
         results: list[Any] = [None] * len(tasks)
         waiting = list(range(len(tasks)))[::-1]
         busy: dict[Connection, int] = {}
@@ -79,6 +79,7 @@ class Pool:
                     ) from error
                 if good:
                     results[index] = value
+                    done(value)
                 else:
                     failure = failure or value
                 if waiting and failure is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ class Trainer:
 
     def __init__(self, worker: Worker, plan: Plan):
         self.worker, self.plan = worker, plan
+        self.on_cohort: Callable[[list[Fit]], None] = lambda fits: None
         # More than one thread too goes to a child: this process must not start a thread pool of its own, since a
         # process that has one can't fork safely, and a sweep forks again for its next run.
         apart = plan.device == "cpu" and plan.workers * plan.threads > 1 and available()
@@ -64,16 +65,20 @@ class Trainer:
         if self.pool is None:
             torch.set_num_threads(plan.threads)
 
-    def _run(self, tasks: list[tuple[str, tuple]]) -> list[Any]:
+    def _run(self, tasks: list[tuple[str, tuple]], done: Callable[[Any], None] = lambda _: None) -> list[Any]:
         if self.pool is not None:
-            return self.pool.run(tasks)
-        return [getattr(self.worker, method)(*arguments) for method, arguments in tasks]
+            return self.pool.run(tasks, done)
+        results = []
+        for method, arguments in tasks:
+            results.append(getattr(self.worker, method)(*arguments))
+            done(results[-1])
+        return results
 
     def train(self, works: Sequence[Work]) -> list[Fit]:
-        """The results of the jobs, in their order."""
+        """The results of the jobs, in their order; `on_cohort` is told of each cohort as it ends."""
         lengths = np.asarray(self.worker.sets["train"].lengths)
         groups = cohorts(works, lengths, self.plan.cohort_size, self.plan.workers)
-        results = self._run([("fit", ([works[i] for i in group],)) for group in groups])
+        results = self._run([("fit", ([works[i] for i in group],)) for group in groups], self.on_cohort)
         out: list[Fit | None] = [None] * len(works)
         for group, fits in zip(groups, results, strict=True):
             for i, fit in zip(group, fits, strict=True):

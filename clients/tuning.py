@@ -26,7 +26,7 @@ from clients.local.optimizers import Optimizer
 from clients.pool import Pool, available
 from clients.trainer import Plan
 from fl.config import setting
-from fl.errors import ConfigError
+from fl.errors import ConfigError, ShoalError
 from fl.keys import key_bytes
 
 # A coarser base (bfloat16) has to earn its keep, and a larger cohort its memory.
@@ -249,7 +249,12 @@ def _best_precision(wanted: Resources, plan: Plan, bench: _Bench, jobs: int) -> 
     best: list[tuple[float, Plan]] = []
     for dtype in dtypes:
         candidates = [replace(plan, dtype=dtype, attention=kind) for kind in kinds]
-        best.append(min(((bench(c, slots), c) for c in candidates), key=lambda pair: pair[0]))
+        try:
+            best.append(min(((bench(c, slots), c) for c in candidates), key=lambda pair: pair[0]))
+        except (ShoalError, RuntimeError, NotImplementedError):
+            if not best:
+                raise
+            # Not every adapter works in bfloat16; nobody asked for it by name.
     if len(best) > 1 and best[1][0] * GAIN_FOR_PRECISION <= best[0][0]:
         return best[1][1]
     return best[0][1]

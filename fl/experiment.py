@@ -33,6 +33,7 @@ from fl.network import Network
 from fl.node import Node
 from fl.sampling import Sampling
 from fl.schedules.base import Schedule
+from fl.trackers.base import Tracker
 from privacy.base import Privacy
 
 # The base and its head start from the same draws in every run; the adapter's own draws are the run's seed's.
@@ -67,6 +68,7 @@ class Settings:
     privacy: Privacy
     attack: Behaviour
     evaluation: Evaluation
+    tracker: Tracker
     clients: Clients
     name: str = setting("run", help="names the run's folder")
     seed: int = setting(0, ge=0, help="every random draw comes from it")
@@ -82,6 +84,7 @@ class Settings:
         number, per_round = settings.clients.number, settings.clients.per_round
         if number is not None and per_round is not None and per_round > number:
             raise ConfigError("clients.per_round", per_round, f"at most clients.number, which is {number}")
+        settings.tracker.check()
         return settings
 
 

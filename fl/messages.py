@@ -276,11 +276,15 @@ def _field(size: int) -> int:
 
 
 def _text_field(text: str) -> int:
-    return _field(len(text.encode())) if text else 0  # proto3 leaves out what is empty
+    return _field(len(_utf8(text))) if text else 0  # proto3 leaves out what is empty
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # what can't be sent is still counted: validation refuses it
 
 
 def _array_bytes(array: Array) -> int:
-    shape = sum(map(_varint, array.shape))
+    shape = sum(_varint(n % 2**64) for n in array.shape)
     size = _text_field(array.dtype) + _text_field(array.stype) + (_field(shape) if array.shape else 0)
     return size + (_field(len(array.data)) if array.data else 0)
 
@@ -293,5 +297,5 @@ def _value_bytes(value: Any) -> int:
     if isinstance(value, float):
         return 9
     if isinstance(value, str | bytes):
-        return _field(len(value.encode() if isinstance(value, str) else value))
+        return _field(len(_utf8(value) if isinstance(value, str) else value))
     return config_record_to_proto(ConfigRecord({"": value})).items[0].value.ByteSize()  # a list

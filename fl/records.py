@@ -27,7 +27,19 @@ WALL_FIELDS = frozenset({"wall_s", "started", "finished", "client_steps_per_s", 
 METRICS = "metrics.jsonl"
 RUN = "run.json"
 # What a run makes beside metrics.jsonl, and a new run in the same folder must not inherit.
-_PRODUCTS = (METRICS, RUN, "config.yaml", "overrides.yaml", "adapter", "checkpoint", "report.html", "plots")
+_PRODUCTS = (
+    METRICS,
+    RUN,
+    "config.yaml",
+    "overrides.yaml",
+    "adapter",
+    "checkpoint",
+    "report.html",
+    "plots",
+    "tensorboard",
+    "mlflow",
+    "wandb",
+)
 
 
 class RunFolder:

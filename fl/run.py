@@ -18,6 +18,7 @@ from fl.errors import ShoalError
 from fl.experiment import Experiment, Settings, Shared
 from fl.progress import Progress, header
 from fl.records import RunFolder, read_run
+from fl.trackers.tracking import Tracking
 
 
 @dataclass
@@ -95,6 +96,7 @@ def _go(
     folder.write_config(resolved)
     folder.write_run(record)
     experiment = Experiment(settings, shared, say)
+    tracking = Tracking(settings.tracker, record, folder)
     server: Server | None = None
     final: dict[str, Any] | None = None
     try:
@@ -116,7 +118,7 @@ def _go(
             Progress(settings.schedule.rounds, experiment.per_round, quiet=quiet, console=console) as progress,
             CohortGrid(node_grid, len(experiment.data)) as grid,
         ):
-            server = Server(experiment, folder, progress, resuming)
+            server = Server(experiment, folder, progress, resuming, tracking)
             server.app()(grid, node_grid.server_context())
         say("Saving the adapter and evaluating it in float32 ...")
         from fl.saving import export
@@ -140,6 +142,7 @@ def _go(
             record["final"] = {**final, "peak_memory_bytes": memory}
         record["finished"] = _now()
         folder.write_run(record)
+        tracking.finish()
         folder.close()
     if settings.report:
         from fl.report.html import write_report
@@ -232,7 +235,6 @@ def _shown(record: Mapping[str, Any], settings: Settings, folder: str) -> dict[s
 def _card(record: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": record["name"],
-        "base_model": record["model"],
         "adapter": record["adapter"],
         "trainable": record["trainable_parameters"],
         "data": record["data"],

@@ -44,7 +44,8 @@ def export(experiment: Experiment, vector: np.ndarray, folder: Path, card: Mappi
     save_file(_probe(model, tokenizer.vocab_size, device), str(folder / PROBE))
     labels = test.labels if experiment.num_labels else None
     found = {"examples": len(test), **numbers(scores, labels)}
-    (folder / "README.md").write_text(model_card({**card, "scores": found}))
+    name = cohort.model.peft_config["default"].base_model_name_or_path  # type: ignore[union-attr, index]
+    (folder / "README.md").write_text(model_card({**card, "base_model": name, "scores": found}))
     return found
 
 

@@ -22,6 +22,7 @@ from fl.progress import Progress
 from fl.records import RunFolder
 from fl.schedules.base import Event, World, shared
 from fl.state import ServerState
+from fl.trackers.tracking import Tracking
 from fl.validation import Validator
 
 CHECKPOINT = "shoal-run-1"
@@ -35,11 +36,12 @@ class Server:
     folder: RunFolder
     progress: Progress
     resume: bool = False
+    tracking: Tracking | None = None
     ledger: Ledger = field(default_factory=Ledger)
     world: World | None = None
     newest: dict[str, Any] = field(default_factory=dict)  # the last central evaluation
     finished: bool = False
-    busy_s: float = 0.0  # wall seconds in rounds, evaluation not counted
+    busy_s: float = 0.0  # wall seconds since training began: rounds with their evaluation and records
     _began: float = field(default_factory=time.perf_counter)
     restored: bool = False  # whether the state is that of a checkpoint
     _before_s: float = 0.0  # wall seconds before a resume
@@ -68,6 +70,8 @@ class Server:
         if self.resume:
             self._restore(world)
         self.world = world
+        if self.tracking is not None:  # now that worker processes are forked and metrics.jsonl is cut back
+            self.tracking.begin()
         try:
             self._train(world)
         except BaseException:
@@ -81,24 +85,24 @@ class Server:
             self._evaluate(world, last=False)
             self._mark(world)
             self._save()
+        self.experiment.trainer.on_cohort = lambda fits: self.progress.jobs(len(fits), sum(f.steps for f in fits))
         mark = time.perf_counter()
         for event in settings.schedule.run(world):
             if event["event"] != "round":
                 self._write(event)
                 continue
-            self.busy_s += time.perf_counter() - mark
             self._write(self.ledger.record(event))
             last = world.server.round >= settings.schedule.rounds
             self._evaluate(world, last)
             name = "accuracy" if "accuracy" in self.newest else "perplexity"
-            self.progress.jobs(int(event["accepted"]), int(event["client_steps"]))
             self.progress.round(
                 event["round"], event["loss"], name, self.newest.get(name), event["virtual_s"], event["epsilon"]
             )
+            self.busy_s += time.perf_counter() - mark
+            mark = time.perf_counter()
             self._mark(world)
             if last or world.server.round % settings.checkpoint_every == 0:
                 self._save()
-            mark = time.perf_counter()
 
     def _world(self, grid: Grid) -> World:
         experiment, s = self.experiment, self.experiment.settings
@@ -115,7 +119,10 @@ class Server:
         )  # fmt: skip
 
     def _write(self, event: Event) -> None:
-        self.folder.append({**event, "wall_s": round(self.wall_s, 3)})
+        event = {**event, "wall_s": round(self.wall_s, 3)}
+        self.folder.append(event)
+        if self.tracking is not None:
+            self.tracking.event(event)
 
     def _evaluate(self, world: World, last: bool) -> None:
         """Evaluate where it is due after the round of ``world.server``; moves no random stream and no clock."""

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from clients.adapters.base import Adapter
 from fl.config import setting
 from fl.errors import ConfigError
 
+if TYPE_CHECKING:
+    from clients.models import Base
+
 # These have targets of their own (normalisation layers, the embeddings); the model's list for LoRA is not meant.
 OWN_TARGETS = ("LN_TUNING", "TRAINABLE_TOKENS")
+# These are made from singular vectors of the base's weights, whose signs and order rounding to bfloat16 changes: what
+# was trained beside a bfloat16 base would mean something else beside the float32 one that the adapter is saved for.
+FACTOR_BASE = ("ADAMSS", "FROD", "PSOFT", "TINYLORA")
 # Initialisations of LoRA that leave the base as it is; runs of one process share it.
 UNCHANGED_BASE = (True, False, "gaussian", "orthogonal")
 
@@ -25,6 +34,14 @@ class Peft(Adapter):
     method: str = setting("VERA", help="PEFT's name of the method")
     rank: int | None = setting(None, ge=1, help="rank, for the methods that have one")
     options: dict[str, Any] = setting({}, help="further fields of the method's PEFT configuration")
+
+    def attach(self, base: Base, targets: list[str], seed: int) -> nn.Module:
+        coarse = next(base.module.parameters()).dtype in (torch.bfloat16, torch.float16)
+        if coarse and self.method.upper() in FACTOR_BASE:
+            raise ConfigError(
+                "engine.dtype", "bfloat16", f"float32, since {self.method} factors the base's weights", "Or use auto."
+            )
+        return super().attach(base, targets, seed)
 
     def config(self, targets: list[str]) -> Any:
         import dataclasses

@@ -102,8 +102,9 @@ class LocalTraining:
     def lr_at(self, round: int, rounds: int) -> float:
         """Learning rate in ``round`` (from 1) of ``rounds``: warm-up, then the schedule.
 
-        cosine: ``lr (f + (1-f) (1 + cos(pi x))/2)``, linear: ``lr (1 - (1-f) x)``, with ``x`` the share of the rounds
-        after the warm-up that are done (so the last round still moves) and ``f = lr_final``; step: ``lr gamma^floor((round-1)/lr_step_rounds)``.
+        cosine: ``lr (f + (1-f) (1 + cos(pi x))/2)``, linear: ``lr (1 - (1-f) x)``, with ``f = lr_final`` and ``x`` the
+        share of the rounds after the warm-up that are done before this one, so that the last still moves; step:
+        ``lr gamma^floor((round-1)/lr_step_rounds)``.
         """
         if round <= self.lr_warmup_rounds:
             return self.lr * round / (self.lr_warmup_rounds + 1)

@@ -22,7 +22,6 @@ from fl.schedules.base import Event, Schedule, World, shared
 from fl.state import Update
 from fl.validation import Reason, Rejection
 
-
 _WAY_OUT = (
     "The state before this round is in the checkpoint: `shoal run --resume DIR` tries the round again, with what was "
     "changed in DIR/config.yaml."

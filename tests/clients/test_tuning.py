@@ -87,6 +87,28 @@ def test_bfloat16_is_not_tried_where_the_processor_has_none(machine):
     assert {dtype for dtype, *_ in probe.asked} == {"float32"}
 
 
+@pytest.mark.parametrize(
+    "error", [ConfigError("engine.dtype", "bfloat16", "float32"), RuntimeError("no kernel")], ids=repr
+)
+def test_bfloat16_is_not_chosen_where_it_fails_unless_asked_for(error):
+    def times(plan: Plan, slots: int) -> float:
+        if plan.dtype == "bfloat16":
+            raise error
+        return 1.0
+
+    assert plan_for(times).dtype == "float32"
+    with pytest.raises(type(error)):
+        plan_for(times, Resources(device="cpu", dtype="bfloat16"))
+
+
+def test_what_fails_in_float32_too_is_raised():
+    def times(plan: Plan, slots: int) -> float:
+        raise ConfigError("adapter", plan.dtype, "something else")
+
+    with pytest.raises(ConfigError, match="adapter='float32'"):
+        plan_for(times)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_attention_is_chosen_for_each_precision(dtype, attention):

@@ -248,7 +248,7 @@ def random_record(seed: int) -> RecordDict:
 
     record = RecordDict()
     for _ in range(int(rng.integers(4))):
-        shapes: list = [(), (3,), (0, 200), (2**31 - 1,)]
+        shapes: list = [(), (3,), (0, 200), (2**31 - 1,), (-3, 1)]
         blobs = [bytes(int(rng.integers(300))) for _ in range(3)]
         arrays = {pick(texts): Array(pick(texts), pick(shapes), pick(texts), blob) for blob in blobs}
         config = {pick(texts): pick(scalars + lists) for _ in range(4)}

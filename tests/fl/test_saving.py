@@ -143,8 +143,8 @@ def test_the_card_says_what_it_is_how_it_was_made_and_what_it_promises(run):
     assert "library_name: peft" in head
     found = final(run)
     for part in (
-        "# mine:", "| `shoal/tiny-encoder` |", "LoRA, 3,427 trainable parameters", "4 clients (Iid)", "3 rounds, seed 3",
-        f"loss {found['loss']:.4f}", f"accuracy {found['accuracy']:.4f}", "(48 examples, float32)",
+        "# mine:", "| `shoal/tiny-encoder` |", "LoRA, 3,427 trainable parameters", "4 clients (Iid)",
+        "3 rounds, seed 3", f"loss {found['loss']:.4f}", f"accuracy {found['accuracy']:.4f}", "(48 examples, float32)",
         "**Privacy.** No privacy guarantee", "**Licence.**",
     ):  # fmt: skip
         assert part in body
@@ -172,10 +172,9 @@ def test_the_probe_is_nobody_s_data_and_pads(run):
 
 
 def test_a_card_of_a_causal_model_reports_perplexity():
-    values = dict(
-        base_model="b", name="n", adapter="LoRA", trainable=5, data="d", clients=2, partition="Iid", rounds=1, seed=0,
-        privacy="None whatever.", scores={"loss": 1.0, "perplexity": 2.71828, "examples": 7},
-    )  # fmt: skip
+    texts = dict.fromkeys(["base_model", "name", "adapter", "data", "partition", "privacy"], "x")
+    counts = dict.fromkeys(["trainable", "clients", "rounds", "seed"], 1)
+    values = {**texts, **counts, "scores": {"loss": 1.0, "perplexity": 2.71828, "examples": 7}}
     assert "| loss 1.0000, perplexity 2.7183 (7 examples, float32) |" in model_card(values)
 
 

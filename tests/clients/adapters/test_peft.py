@@ -121,6 +121,13 @@ def test_lora_by_either_adapter_is_the_same(family, own: Adapter, general):
     assert apart(mine, theirs) <= 1e-12
 
 
+@pytest.mark.parametrize("method", ["adamss", "frod", "psoft", "tinylora"])
+def test_methods_that_factor_the_base_are_refused_beside_bfloat16(method):
+    """Their frozen factors would be others beside the float32 base that the adapter is saved for."""
+    with pytest.raises(ConfigError, match=rf"engine\.dtype='bfloat16'.*{method} factors the base"):
+        build("llama", Peft(method=method), torch.bfloat16)
+
+
 def test_settings_are_built_from_a_mapping():
     built = build_settings({"method": "ia3", "options": {"init_ia3_weights": False}}, "adapter", Peft)
     assert built == Peft(method="ia3", options={"init_ia3_weights": False})
