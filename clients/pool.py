@@ -29,8 +29,9 @@ def available() -> bool:
 class Pool:
     """``processes`` children that call methods of ``worker``, each with ``threads`` torch threads.
 
-    Raises `ShoalError` when a child raises or dies. After any exception but a task's own the pool is closed, since
-    children may still be at work on what nobody waits for. Use as a context manager, or call `close`.
+    Raises `ShoalError` when a child raises or dies; a `ShoalError` of the task's own comes as it is. After any
+    exception but a task's own the pool is closed, since children may still be at work on what nobody waits for. Use as
+    a context manager, or call `close`.
     """
 
     def __init__(self, worker: Any, processes: int, threads: int):
@@ -55,14 +56,14 @@ class Pool:
             self.close()
             raise
         if failure is not None:
-            raise ShoalError(f"A worker process failed:\n{failure}")
+            raise failure
         return results
 
-    def _run(self, tasks: Sequence[Task], done: Callable[[Any], None]) -> tuple[list[Any], str | None]:
+    def _run(self, tasks: Sequence[Task], done: Callable[[Any], None]) -> tuple[list[Any], ShoalError | None]:
         results: list[Any] = [None] * len(tasks)
         waiting = list(range(len(tasks)))[::-1]
         busy: dict[Connection, int] = {}
-        failure: str | None = None
+        failure: ShoalError | None = None
         for pipe in self.pipes:
             if waiting:
                 busy[pipe] = self._send(pipe, tasks, waiting.pop())
@@ -81,7 +82,7 @@ class Pool:
                     results[index] = value
                     done(value)
                 else:
-                    failure = failure or value
+                    failure = failure or _error(*value)
                 if waiting and failure is None:
                     busy[ready] = self._send(ready, tasks, waiting.pop())
         return results, failure
@@ -128,11 +129,24 @@ def _serve(worker: Any, pipe: Connection, threads: int, inherited: list[Connecti
             os._exit(0)
         try:
             result = (True, getattr(worker, method)(*arguments))
+        except ShoalError as error:
+            result = (False, (type(error), error.args, vars(error)))
         except Exception:
-            result = (False, traceback.format_exc())
+            result = (False, _untold())
         try:
             pipe.send(result)
         except OSError:
             os._exit(0)
         except Exception:  # a result that can't be pickled
-            pipe.send((False, traceback.format_exc()))
+            pipe.send((False, _untold()))
+
+
+def _untold() -> tuple[type[ShoalError], tuple, dict]:
+    return ShoalError, (f"A worker process failed:\n{traceback.format_exc()}",), {}
+
+
+def _error(kind: type[ShoalError], arguments: tuple, attributes: dict) -> ShoalError:
+    """The error that a child sent: not by its constructor, whose arguments are not those of the message."""
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(attributes)
+    return error

@@ -49,7 +49,9 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Path]]:
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error, overrides) from error
     assert isinstance(resolved, dict)
-    return {str(k): v for k, v in resolved.items()}, folders
+    settings = {str(k): v for k, v in resolved.items()}
+    _drop_foreign(settings, {str(o.key_or_group): o.value() for o in parsed if not o.is_delete()})
+    return settings, folders
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -87,6 +89,30 @@ def _checked(override: Override, groups: set[str]) -> str:
             raise ConfigError(key, override.value(), "expected the name of an option", f"See `shoal list {key}`.")
         return word
     return "++" + word if not override.is_add() and not override.is_force_add() and not override.package else word
+
+
+def _drop_foreign(settings: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Delete what a preset sets for an option that was replaced on the command line, where the new one has no such key.
+
+    ``experiment=quickstart partition=iid`` is not to be refused for the preset's ``partition.alpha``. ``given`` is what
+    the command line holds; nothing of it is deleted.
+    """
+    from fl.listing import config_dir, list_groups
+
+    if "experiment" not in given or len(given) == 1:
+        return
+    options = {group: {o.name: o.settings for o in found} for group, found in list_groups(config_dir()).items()}
+    preset = options["experiment"].get(given["experiment"], {})
+    for group, name in given.items():
+        if group == "experiment" or not isinstance(name, str) or name not in options.get(group, {}):
+            continue
+        known = {key.partition(".")[0] for key in options[group][name]}
+        place, prefix = settings, group.replace("/", ".") + "."
+        for part in group.split("/"):
+            place = place[part]
+        for key in {key.removeprefix(prefix).partition(".")[0] for key in preset if key.startswith(prefix)}:
+            if key not in known and not any(f"{g}.".startswith(f"{prefix}{key}.") for g in given):
+                place.pop(key, None)
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:

@@ -84,6 +84,9 @@ class Settings:
         number, per_round = settings.clients.number, settings.clients.per_round
         if number is not None and per_round is not None and per_round > number:
             raise ConfigError("clients.per_round", per_round, f"at most clients.number, which is {number}")
+        if number is not None:
+            settings.network.check(number)
+        tuning.pick_device(settings.engine.device)
         settings.tracker.check()
         return settings
 

@@ -66,7 +66,7 @@ class LocalTraining:
     accumulation: int = setting(1, ge=1, help="parts that a batch is split in, to save memory")
     lr_schedule: str = setting("constant", choices=["constant", "cosine", "linear", "step"], help="over the rounds")
     lr_warmup_rounds: int = setting(0, ge=0, help="rounds of linear warm-up")
-    lr_final: float = setting(0.0, ge=0, le=1, help="share of lr that the schedule ends at, after the last round (cosine, linear)")
+    lr_final: float = setting(0.0, ge=0, le=1, help="share of lr reached after the last round (cosine, linear)")
     lr_step_rounds: int = setting(10, ge=1, help="rounds between decays (step)")
     lr_gamma: float = setting(0.5, gt=0, le=1, help="factor of a decay (step)")
     optimizer: Optimizer = setting(AdamW(), help="what applies a gradient")

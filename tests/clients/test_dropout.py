@@ -28,6 +28,7 @@ CASES: dict[str, tuple[str, Adapter, float]] = {
     "opt hidden": ("opt", LoRA(rank=3), 0.2),
     "llama lora": ("llama", LoRA(rank=3, dropout=0.3), 0.0),
     "llama vera": ("llama", Peft(method="vera", rank=5, options={"vera_dropout": 0.3}), 0.0),
+    "opt hidden, vera": ("opt", Peft(method="vera", rank=5), 0.2),
     "opt hidden, dora": ("opt", LoRA(rank=3, dropout=0.3, dora=True), 0.2),
 }
 

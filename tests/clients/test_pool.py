@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from clients.pool import Pool, available
-from fl.errors import ShoalError
+from fl.errors import ConfigError, ShoalError
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs fork")
 
@@ -38,6 +38,9 @@ class Work:
 
     def fail(self, text: str) -> None:
         raise ValueError(text)
+
+    def refuse(self, value: int) -> None:
+        raise ConfigError("adapter.rank", value, "a small number", "Lower it.")
 
     def missing_file(self) -> None:
         open("/nowhere/at/all").close()
@@ -69,6 +72,12 @@ def test_results_come_in_the_order_of_the_tasks(pool):
     assert pool.run([]) == []
 
 
+def test_each_result_is_told_as_it_comes(pool):
+    told: list[int] = []
+    pool.run([("slow_first", (i,)) for i in range(5)], told.append)
+    assert sorted(told) == list(range(5)) and told[0] != 0
+
+
 def test_arrays_go_and_come(pool):
     assert pool.run([("array", (np.arange(3.0),))])[0].tolist() == [0, 2, 4]
 
@@ -84,6 +93,13 @@ def test_an_exception_in_a_child_is_told_with_its_traceback_and_the_pool_goes_on
     with pytest.raises(ShoalError, match="(?s)A worker process failed.*in fail.*ValueError: no such luck"):
         pool.run([("add", (1, 1)), ("fail", ("no such luck",)), *[("add", (1, 1))] * 5])
     assert pool.run([("add", (1, i)) for i in range(4)]) == [8, 9, 10, 11]
+
+
+def test_a_wrong_setting_found_in_a_child_is_that_error_here(pool):
+    with pytest.raises(ConfigError) as error:
+        pool.run([("refuse", (99,))])
+    assert str(error.value) == "adapter.rank=99 is not allowed: a small number. Lower it."
+    assert (error.value.key, error.value.value, error.value.exit_code) == ("adapter.rank", 99, 2)
 
 
 @pytest.mark.parametrize(("task", "text"), [("missing_file", "FileNotFoundError"), ("unpicklable", "pickle")])

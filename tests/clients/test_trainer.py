@@ -132,6 +132,19 @@ def test_a_single_worker_with_one_thread_stays_in_this_process():
     trainer.close()
 
 
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=needs_fork)])
+def test_each_cohort_is_told_once_as_it_ends(workers):
+    mine, told = worker(), []
+    trainer = Trainer(mine, Plan(cohort_size=2, workers=workers))
+    trainer.on_cohort = lambda fits: told.append([f.client for f in fits])
+    try:
+        trainer.train(jobs(mine))
+    finally:
+        trainer.close()
+    expected = cohorts(jobs(mine), mine.sets["train"].lengths, 2, workers)
+    assert sorted(told) == sorted(expected)
+
+
 def test_no_jobs_give_no_results():
     assert trained(worker(), []) == []
 

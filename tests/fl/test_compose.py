@@ -53,6 +53,16 @@ def test_a_preset_may_be_chosen_twice_and_the_last_counts():
     assert compose(["seed=1", "seed=2"])[0]["seed"] == 2
 
 
+def test_a_preset_s_settings_go_with_the_option_that_they_were_for():
+    words = ["experiment=quickstart", "partition=iid"]  # the preset sets partition.alpha, which iid has not
+    assert compose(words)[0]["partition"] == compose(["partition=iid"])[0]["partition"]
+    assert compose(["experiment=quickstart", "partition=dirichlet"])[0]["partition"]["alpha"] == 1.0
+    assert compose(["experiment=quickstart", "partition=quantity"])[0]["partition"]["alpha"] == 1.0
+    assert compose(["experiment=quickstart", "local=sgd"])[0]["local"]["steps"] == 6
+    assert error_of(*words, "partition.alpha=2").key == "partition.alpha"  # what was typed is not dropped
+    assert error_of("partition=iid", "partition.alpha=2").key == "partition.alpha"
+
+
 def test_values_are_those_of_yaml():
     words = ["local.lr=1e-3", "local.clip_norm=null", "report=false", "name='5'", "adapter.target_modules=[query,key]"]
     resolved, _ = compose([*TINY, *words])

@@ -80,6 +80,15 @@ def test_the_start_states_are_left_as_they_are_and_memory_comes_back():
     assert not np.array_equal(found[0].state, fit(jobs)[0].state)
 
 
+def test_the_optimiser_counts_the_steps_from_one_and_starts_afresh_with_each_job(monkeypatch):
+    counted, step = [], AdamW.step
+    monkeypatch.setattr(AdamW, "step", lambda *a: (counted.append((a[4], bool(a[3]["first"].any()))), step(*a))[1])
+    worker = Worker(Quadratic(), {"train": DATA}, LocalTraining(steps=1), seed=0)
+    for _ in range(2):
+        worker.fit([work(0, 3)])
+    assert counted == [(1, False), (2, True), (3, True)] * 2
+
+
 def test_jobs_out_of_order_are_refused():
     with pytest.raises(ValueError, match="falling number of steps"):
         fit([work(0, 1), work(1, 2)])
