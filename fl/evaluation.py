@@ -16,7 +16,9 @@ from fl.config import setting
 class Evaluation:
     """The ``evaluation=`` group. Evaluating never moves a random stream or the clock."""
 
-    every: int = setting(1, ge=0, help="rounds between evaluations on the central test set; 0: only the last")
+    every: int = setting(
+        1, ge=0, help="rounds between evaluations on the central test set; 0: only before the first and after the last"
+    )
     clients: str = setting("final", choices=["never", "final", "always"], help="evaluate each client's own test set")
     batch_size: int = setting(64, ge=1, help="examples in one forward pass")
 

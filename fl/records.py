@@ -7,6 +7,7 @@ values only, so two runs of one seed differ in the `WALL_FIELDS` and nowhere els
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -42,6 +43,27 @@ _PRODUCTS = (
 )
 
 
+def fresh_folder(path: Path) -> Path:
+    """Make the folder ``path``, or ``path-2``, ``path-3`` ... where it is taken: by a run started in the same second.
+
+    Raises `ShoalError` if none can be made.
+    """
+    for number in itertools.count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _not_made(error) from error
+    raise AssertionError("unreachable")
+
+
+def _not_made(error: OSError) -> ShoalError:
+    return ShoalError(f"The run's folder can't be made: {error}. Choose another hydra.run.dir.")
+
+
 class RunFolder:
     """One run's folder, open for writing.
 
@@ -67,7 +89,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ShoalError(f"The run's folder can't be made: {error}. Choose another hydra.run.dir.") from error
+            raise _not_made(error) from error
         if not overwrite:
             if (read_run(self.path) or {}).get("status") == "completed":
                 raise ShoalError(

@@ -17,7 +17,7 @@ from fl.compose import RUN_DIR, compose, flat
 from fl.errors import ShoalError
 from fl.experiment import Experiment, Settings, Shared
 from fl.progress import Progress, header
-from fl.records import RunFolder, read_run
+from fl.records import RunFolder, fresh_folder, read_run
 from fl.trackers.tracking import Tracking
 
 
@@ -40,7 +40,8 @@ def run(
     """Compose, check and run one experiment. Raises `ShoalError` (its checkpoint and records are kept)."""
     resolved, folders = compose(overrides)
     settings = Settings.of(resolved)
-    where = folder or folders[RUN_DIR]
+    named = any(word.lstrip("+").startswith(f"{RUN_DIR}=") for word in overrides)
+    where = folder or (folders[RUN_DIR] if named else fresh_folder(folders[RUN_DIR]))
     return _go(settings, resolved, list(overrides), RunFolder(where), False, shared, quiet, console)
 
 

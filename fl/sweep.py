@@ -18,7 +18,7 @@ from rich.console import Console
 
 from fl.compose import SWEEP_DIR, compose, expand
 from fl.errors import ConfigError, ShoalError
-from fl.records import read_run, write_atomically
+from fl.records import fresh_folder, read_run, write_atomically
 from fl.report.load import plain
 
 
@@ -42,7 +42,10 @@ def sweep(overrides: Sequence[str], quiet: bool = False, console: Console | None
         Settings.of(resolved)
         folder = folder or folders[SWEEP_DIR]
     assert folder is not None
-    folder.mkdir(parents=True, exist_ok=True)
+    if any(word.lstrip("+").startswith(f"{SWEEP_DIR}=") for word in overrides):
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder = fresh_folder(folder)
     about = {"axes": _values(axes), "common": common}
     _same_sweep(folder, about)
     described = [

@@ -65,6 +65,19 @@ def metric_bytes(folder: Path) -> list[bytes]:
     return [line[: line.rindex(b',"wall_s":')] + line[-2:] for line in lines]
 
 
+def same_metrics(folder: Path, other: Path) -> bool:
+    """Whether two runs wrote the same lines but for the wall clock; says where they first differ.
+
+    pytest would compare lists of long lines for minutes to show how they differ.
+    """
+    mine, theirs = metric_bytes(folder), metric_bytes(other)
+    for a, b in zip(mine, theirs):
+        if a != b:
+            print(f"{folder.name}: {a!r}\n{other.name}: {b!r}")
+            return False
+    return len(mine) == len(theirs)
+
+
 def rounds(folder: Path) -> list[dict[str, Any]]:
     return [e for e in metrics(folder) if e["event"] == "round"]
 

@@ -19,8 +19,9 @@ DRAWS = {
 }  # fmt: skip
 # Tensor methods that draw in place, and initialisers: they take ``generator=`` too.
 IN_PLACE = {
-    "normal_", "uniform_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_", "trunc_normal_",
-    "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_", "orthogonal_", "sparse_",
+    "normal_", "uniform_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_",
+    "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_", "orthogonal_",
+    "sparse_",
 }  # fmt: skip
 SEEDS = {"manual_seed", "seed", "manual_seed_all", "seed_all", "set_rng_state", "get_rng_state", "initial_seed"}
 NUMPY_ALLOWED = {"Generator", "PCG64", "SeedSequence", "Philox", "BitGenerator"}
@@ -62,11 +63,9 @@ def violations(source: str, file: str = "x.py") -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Load):
             name = full(node)
-            if name.startswith("numpy.random.") and name.split(".")[2] not in NUMPY_ALLOWED:
-                found.append(name)
-            elif name.startswith("torch.") and name.split(".")[-1] in SEEDS | {"fork_rng"}:
-                found.append(name)
-            elif name.rpartition(".")[2] in SEED_ALL:
+            numpy = name.startswith("numpy.random.") and name.split(".")[2] not in NUMPY_ALLOWED
+            torch = name.startswith("torch.") and name.split(".")[-1] in SEEDS | {"fork_rng"}
+            if numpy or torch or name.rpartition(".")[2] in SEED_ALL:
                 found.append(name)
         if isinstance(node, ast.Call):
             name, given = full(node.func), {k.arg for k in node.keywords}
@@ -92,7 +91,8 @@ FORBIDDEN = [
     "import numpy\nnumpy.random.rand()", "from numpy.random import normal\nnormal()",
     "import numpy as np\nnp.random.default_rng()", "from numpy import random\nrandom.permutation(3)",
     "import torch\ntorch.rand(3)", "import torch as t\nt.randperm(3)", "from torch import randn\nrandn(3)",
-    "import torch\ntorch.manual_seed(1)", "import torch\ntorch.random.manual_seed(1)", "import torch\ntorch.cuda.seed()",
+    "import torch\ntorch.manual_seed(1)", "import torch\ntorch.random.manual_seed(1)",
+    "import torch\ntorch.cuda.seed()",
     "import torch\nx.normal_()", "from torch import nn\nnn.init.normal_(x)", "import torch\nx[0].bernoulli_(0.5)",
     "import torch\ntorch.bernoulli(x, 0.5)", "from transformers import set_seed\nset_seed(1)",
     "import torch\nwith torch.random.fork_rng(): pass", "import torch\nf = torch.manual_seed",
@@ -107,7 +107,8 @@ def test_what_is_forbidden_is_seen(source):
 FINE = [
     "import torch\ntorch.rand(3, generator=g)", "import torch\nx.normal_(generator=g)",
     "import numpy as np\nrng: np.random.Generator = np.random.Generator(np.random.PCG64(1))",
-    "import torch\ntorch.Generator().manual_seed(1)", "rng.random(3)", "rng.normal()", "import torch\ntorch.normal(m, generator=g)",
+    "import torch\ntorch.Generator().manual_seed(1)", "rng.random(3)", "rng.normal()",
+    "import torch\ntorch.normal(m, generator=g)",
     "import numpy as np\nnp.random.SeedSequence(3)",
 ]  # fmt: skip
 

@@ -1,10 +1,13 @@
 """The same settings and seed give the same bits; what only changes how work is laid out changes rounding at most."""
 
+import random
+
 import numpy as np
 import pytest
+import torch
 
 from fl.records import read_run, without_wall
-from tests.helpers import DECODER, ENCODER, evaluations, go, metric_bytes, metrics, vector, weights
+from tests.helpers import DECODER, ENCODER, evaluations, go, metrics, same_metrics, vector, weights
 
 # Whatever draws: sampling, over-selection, dropouts, availability, Dirichlet parts, faulty clients, adapter dropout.
 DRAWING = (
@@ -43,7 +46,7 @@ def test_the_same_settings_and_seed_give_the_same_bytes(tmp_path, base, more):
     go(tmp_path / "a", *more, base=base)
     go(tmp_path / "b", *more, base=base, shared=None)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
-    assert metric_bytes(tmp_path / "a") == metric_bytes(tmp_path / "b")
+    assert same_metrics(tmp_path / "a", tmp_path / "b")
     first, second = (without_wall(read_run(tmp_path / name)) for name in "ab")
     assert first == second
     for name in ("README.md", "adapter_config.json", "probe.safetensors"):
@@ -78,7 +81,7 @@ def test_worker_processes_change_no_bit(tmp_path, plain):
     go(tmp_path / "run", "engine.workers=2", "engine.cohort_size=2")
     go(tmp_path / "one", "engine.workers=1", "engine.cohort_size=2")
     assert weights(tmp_path / "run") == weights(tmp_path / "one")
-    assert metric_bytes(tmp_path / "run") == metric_bytes(tmp_path / "one")
+    assert same_metrics(tmp_path / "run", tmp_path / "one")
     assert relative(vector(tmp_path / "run"), vector(plain)) < 1e-4
 
 
@@ -86,7 +89,7 @@ def test_worker_processes_change_no_bit(tmp_path, plain):
 def test_how_messages_are_handed_over_changes_no_bit(tmp_path, plain, copy):
     go(tmp_path / "run", f"engine.message_copy={copy}")
     assert weights(tmp_path / "run") == weights(plain)
-    assert metric_bytes(tmp_path / "run") == metric_bytes(plain)
+    assert same_metrics(tmp_path / "run", plain)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +125,20 @@ def test_a_client_does_not_depend_on_who_else_trains(tmp_path):
         assert loss == pytest.approx(everyone[client], rel=1e-6)
 
 
+def test_global_generators_are_neither_read_nor_moved(tmp_path, plain):
+    def states():
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        random.seed(seed)
+        before = states()
+        go(tmp_path / str(seed), shared=None)
+        assert states() == before
+        assert weights(tmp_path / str(seed)) == weights(plain)
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_same_bytes_at_measured_settings(tmp_path):
     """As a user runs it: the plan is measured once, cached, and used again by the next process."""
@@ -135,4 +152,4 @@ def test_two_processes_give_the_same_bytes_at_measured_settings(tmp_path):
         command = [sys.executable, "-m", "fl.cli", "run", *words, f"hydra.run.dir={tmp_path / name}", "--quiet"]
         subprocess.run(command, check=True, env=environment, timeout=300)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
-    assert metric_bytes(tmp_path / "a") == metric_bytes(tmp_path / "b")
+    assert same_metrics(tmp_path / "a", tmp_path / "b")

@@ -17,7 +17,7 @@ from fl.errors import ConfigError, RunStopped, ShoalError
 from fl.records import RunFolder, read_events, read_run, without_wall
 from fl.run import resume
 from fl.server_app import Server
-from tests.helpers import SHARED, final, go, metric_bytes, metrics, rounds, vector, weights
+from tests.helpers import SHARED, final, go, rounds, same_metrics, vector, weights
 
 SHORT = ("clients.number=3", "clients.per_round=2", "local.steps=1", "network=lognormal")
 
@@ -97,7 +97,7 @@ def moments(folder: Path, *more: str) -> int:
 
 def same_end(folder: Path, whole: Path) -> None:
     assert weights(folder) == weights(whole)
-    assert metric_bytes(folder) == metric_bytes(whole)
+    assert same_metrics(folder, whole)
     mine, other = without_wall(read_run(folder)), without_wall(read_run(whole))
     assert mine == other
     assert mine["status"] == "completed"
@@ -131,7 +131,7 @@ CASES = {
     "fedadam": ("server_optimizer=fedadam",),
     "fedavgm": ("server_optimizer=fedavgm",),
     "fedprox": ("local=fedprox", "local.mu=1", "local.steps=3"),
-    "client memory": (MOMENTUM, "clients.per_round=1", "local.steps=2"),
+    "client memory": (MOMENTUM, "local.steps=2"),
     "what draws": ("network.dropout=0.3", "sampling=poisson", "partition=dirichlet", "adapter.dropout=0.2"),
     "seldom saved": ("checkpoint_every=3", "evaluation.every=2"),
 }
@@ -156,8 +156,7 @@ def test_the_cases_above_remember_something(tmp_path):
         assert any(array.any() for path, array in arrays.items() if path.startswith(name))
         assert np.abs(vector(tmp_path / case) - vector(tmp_path / "plain")).max() > 1e-4
     jobs = {path.split("/")[1]: a[0] for path, a in arrays.items() if path.endswith("after/jobs")}
-    assert sum(jobs.values()) == 4
-    assert max(jobs.values()) >= 2
+    assert sum(jobs.values()) == 8
 
 
 def test_killed_twice(tmp_path):
@@ -358,5 +357,5 @@ def test_a_stopped_run_goes_on_with_what_was_changed_in_its_config(tmp_path):
     assert [e["round"] for e in rounds(folder)] == [1, 2, 3]
     assert final(folder)["rejected"] == {}
     go(tmp_path / "honest", "schedule.rounds=3", "checkpoint_every=5")
-    assert metrics(folder) == metrics(tmp_path / "honest")
+    assert same_metrics(folder, tmp_path / "honest")
     assert weights(folder) == weights(tmp_path / "honest")

@@ -62,12 +62,12 @@ class WandB(Tracker):
             settings=wandb.Settings(console="off", silent=True),
         )
         write_atomically(known, run.id)
-        return _Session(run)
+        return _Session(wandb, run)
 
 
 class _Session(Session):
-    def __init__(self, run: Any):
-        self.run = run
+    def __init__(self, wandb: Any, run: Any):
+        self.wandb, self.run = wandb, run
         self.first = run.step  # a resumed online run's server has the steps below
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -78,6 +78,8 @@ class _Session(Session):
         if status == "completed":
             self.run.summary.update(final_scalars(final))
         self.run.finish(exit_code=0 if status == "completed" else 1)
+        if self.wandb.run is None:  # no run of the caller's
+            self.wandb.teardown()  # waits for the files, and ends the threads, before a sweep's next run forks
 
 
 def _has_key(wandb: Any) -> bool:

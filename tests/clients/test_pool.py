@@ -162,6 +162,7 @@ def test_pools_side_by_side_close_in_any_order():
 
 def test_children_pass_over_ctrl_c_and_heed_termination_whatever_the_parent_does():
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    before_int = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with Pool(Work(), 1, 1) as pool:
             pool.run([("add", (1, 1))])
@@ -172,6 +173,7 @@ def test_children_pass_over_ctrl_c_and_heed_termination_whatever_the_parent_does
             assert pool.children[0].exitcode == -signal.SIGTERM
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before_int)
 
 
 def test_children_end_when_the_parent_is_gone():
@@ -187,7 +189,10 @@ def test_children_end_when_the_parent_is_gone():
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and not all(_ended(p) for p in pids):
         time.sleep(0.01)
-    assert len(pids) == 2 and all(_ended(p) for p in pids)
+    left = [p for p in pids if not _ended(p)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert len(pids) == 2 and not left
 
 
 def _ended(pid: int) -> bool:

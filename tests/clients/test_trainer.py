@@ -219,5 +219,6 @@ def test_two_rounds_of_federated_averaging_match_plain_peft_and_torch(family, op
         SIZES, 2, lambda c, r: local.batches(mine.seed, c, r, parts()[c]), make,
     )  # fmt: skip
     mine.cohort.restack()
-    assert apart(torch.from_numpy(state), theirs.double()) <= 1e-5
-    assert apart(mine.cohort.initial, theirs) > 1e-2  # there was something to match
+    begun = mine.cohort.initial.double()
+    # Of the distance moved, not of the state: most of that is A's random start.
+    assert apart(torch.from_numpy(state) - begun, theirs - begun) <= 1e-5

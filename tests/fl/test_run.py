@@ -7,11 +7,12 @@ import pytest
 import yaml
 from rich.console import Console
 
+import fl.run
 from fl.compose import flat
 from fl.errors import ConfigError, ShoalError
 from fl.records import read_run, without_wall
 from fl.run import run
-from tests.helpers import DECODER, ENCODER, SHARED, evaluations, final, go, metric_bytes, weights
+from tests.helpers import DECODER, ENCODER, SHARED, evaluations, final, go, same_metrics, weights
 
 TOP = [
     "name", "experiment", "seed", "status", "started", "finished", "versions", "device", "commit", "model", "data",
@@ -124,6 +125,20 @@ def test_without_it_the_folder_is_named_for_the_experiment_and_the_time(tmp_path
     datetime.datetime.strptime("/".join(done.folder.parts[2:]), "%Y-%m-%d/%H-%M-%S")
 
 
+def test_runs_of_the_same_second_do_not_share_a_folder(tmp_path, monkeypatch):
+    """Started by a script, side by side: the second would else take the first for an unfinished run and clear it."""
+    monkeypatch.chdir(tmp_path)
+    compose = fl.run.compose
+
+    def at_noon(words):
+        return compose([*words, "hydra.run.dir=outputs/run/noon"])
+
+    monkeypatch.setattr(fl.run, "compose", at_noon)
+    folders = [run([*ENCODER, f"seed={seed}"], shared=SHARED, quiet=True).folder.as_posix() for seed in (0, 1, 2)]
+    assert folders == ["outputs/run/noon", "outputs/run/noon-2", "outputs/run/noon-3"]
+    assert [read_run(folder)["seed"] for folder in folders] == [0, 1, 2]
+
+
 def test_the_preset_that_counts_is_recorded(tmp_path):
     words = ["experiment=instruct", "experiment=quickstart", *ENCODER]
     done = run(words, folder=tmp_path / "run", shared=SHARED, quiet=True)
@@ -138,7 +153,7 @@ def test_a_run_can_be_repeated_from_its_settings(tmp_path, folder):
     words = ["model=tiny-encoder", "data=tiny", "partition=iid", *words, "report=false"]
     run(words, folder=tmp_path / "again", shared=SHARED, quiet=True)
     assert weights(tmp_path / "again") == weights(folder)
-    assert metric_bytes(tmp_path / "again") == metric_bytes(folder)
+    assert same_metrics(tmp_path / "again", folder)
 
 
 def test_settings_are_refused_before_the_folder_is_made(tmp_path):

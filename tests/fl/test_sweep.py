@@ -59,6 +59,17 @@ def test_three_by_two_runs_share_one_base_and_end_in_one_table(tmp_path, loads, 
     assert f"Report   {folder / 'report.html'}" in lines
 
 
+def test_sweeps_of_the_same_second_do_not_share_a_folder(tmp_path, monkeypatch, capfd):
+    import fl.sweep
+
+    monkeypatch.chdir(tmp_path)
+    compose = fl.sweep.compose
+    monkeypatch.setattr(fl.sweep, "compose", lambda words: compose([*words, "hydra.sweep.dir=noon"]))
+    for seeds in ("0,1", "2,3"):
+        assert sweep([*ENCODER, f"seed={seeds}"], quiet=True) == 0
+    assert [read_run(tmp_path / place)["seed"] for place in ("noon/0", "noon-2/0")] == [0, 2]
+
+
 def test_a_run_of_a_sweep_is_the_run_by_itself(tmp_path):
     assert sweep([*ENCODER, "seed=3,4", f"hydra.sweep.dir={tmp_path / 'sweep'}"], quiet=True) == 0
     go(tmp_path / "alone", "seed=4", shared=None)

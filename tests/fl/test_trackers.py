@@ -366,6 +366,13 @@ def test_wandb_keeps_settings_and_final_numbers(tmp_path, monkeypatch):
     assert (run.about["project"], run.about["name"], run.code) == ("school", "mine", 0)
     assert run.about["config"]["clients.number"] == 3 and "No privacy" in run.about["config"]["about"]["privacy"]
     assert run.summary == final_scalars(out.run["final"])
+    assert stores.WandB.torn == [True]
+
+
+def test_wandb_is_left_up_for_a_run_of_the_callers(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores.WandB.install(monkeypatch), "run", "theirs")
+    go(tmp_path, *THREE, "tracker=wandb")
+    assert stores.WandB.run.code == 0 and stores.WandB.torn == []
 
 
 def test_wandb_online_sends_only_what_its_server_lacks(tmp_path, monkeypatch):

@@ -149,6 +149,7 @@ class WandB:
     """The stand-in's server is the list ``server`` of the rows that online runs have sent."""
 
     server: list[tuple[int, dict]]
+    torn: list[bool]
 
     class Run:
         def __init__(self, id: str | None, resume: str | None, mode: str, dir: str, **about):
@@ -182,7 +183,7 @@ class WandB:
             assert not prompt and not verify
             return key is not None
 
-        WandB.server = []
+        WandB.server, WandB.torn = [], []
         return module(
             patch,
             "wandb",
@@ -190,6 +191,8 @@ class WandB:
             Settings=lambda **fields: fields,
             login=(lambda key=None: 1 / 0) if old else login,
             api=SimpleNamespace(api_key=key),
+            run=None,
+            teardown=lambda: WandB.torn.append(True),
         )
 
     @staticmethod
