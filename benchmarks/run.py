@@ -25,7 +25,7 @@ from fl.experiment import Experiment, Settings, Shared
 from fl.records import read_events
 from fl.run import run
 
-DEFAULT = ["experiment=quickstart", "local.steps=null", "local.epochs=1", "schedule.rounds=2", "evaluation.every=1"]
+DEFAULT = ["experiment=quickstart", "local.epochs=1", "schedule.rounds=2", "evaluation.every=1"]
 
 
 def trainer_rate(overrides: list[str], shared: Shared, repeats: int) -> float:

@@ -223,7 +223,7 @@ def _shown(record: Mapping[str, Any], settings: Settings, folder: str) -> dict[s
         "adapter": record["adapter"],
         "data": f"{record['data']}, {record['num_clients']} clients ({type(settings.partition).__name__.lower()})",
         "local": f"{type(settings.local.optimizer).__name__}, lr {settings.local.lr:g}, "
-        + (f"{settings.local.steps} steps" if settings.local.steps else f"{settings.local.epochs:g} epochs")
+        + (f"{settings.local.epochs:g} epochs" if settings.local.epochs else f"{settings.local.steps} steps")
         + f" of {settings.local.batch_size}",
         "server": f"{type(settings.aggregator).__name__}, {settings.schedule.rounds} rounds",
         "engine": describe(Plan(**record["engine"])),

@@ -54,12 +54,12 @@ MakeBatch = Callable[[Sequence[int], int], CohortBatch]
 class LocalTraining:
     """Minibatch training with any optimiser (FedAvg's client: McMahan et al., arXiv 1602.05629, algorithm 1).
 
-    Exactly one of ``steps`` and ``epochs`` is given. Each epoch visits the client's examples in a new order, drawn
+    ``epochs``, where given, replaces ``steps``. Each epoch visits the client's examples in a new order, drawn
     from the key (seed, "batches", client, round); the last batch of an epoch may be short.
     """
 
-    steps: int | None = setting(None, ge=1, help="local steps a round (or give epochs)")
-    epochs: float | None = setting(None, gt=0, help="passes over the client's data a round (or give steps)")
+    steps: int | None = setting(None, ge=1, help="local steps a round")
+    epochs: float | None = setting(None, gt=0, help="passes over the client's data a round, instead of steps")
     lr: float = setting(1e-3, gt=0, help="learning rate of the client")
     batch_size: int = setting(16, ge=1, help="examples a step")
     clip_norm: float | None = setting(None, gt=0, help="largest L2 norm of a client's gradient; null: no clipping")
@@ -72,16 +72,14 @@ class LocalTraining:
     optimizer: Optimizer = setting(AdamW(), help="what applies a gradient")
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.epochs is None):
-            raise ConfigError(
-                "local.steps", self.steps, "exactly one of local.steps and local.epochs", "Set the other to null."
-            )
+        if self.steps is None and self.epochs is None:
+            raise ConfigError("local.steps", None, "local.steps or local.epochs has to be given", "Try local.steps=5.")
 
     def num_steps(self, examples: int) -> int:
         """Optimiser steps of a client with that many examples: of whole epochs, then of a part of one."""
-        if self.steps is not None:
+        if self.epochs is None:
+            assert self.steps is not None
             return self.steps
-        assert self.epochs is not None
         whole = math.floor(self.epochs + 1e-9)
         part = max(0.0, self.epochs - whole)
         epoch = math.ceil(examples / self.batch_size)

@@ -26,8 +26,13 @@ class MLflow(Tracker):
 
     name: ClassVar[str] = "mlflow"
     modules: ClassVar[tuple[str, ...]] = ("mlflow.tracking",)
-    # Nothing is sent to MLflow's makers; and newer versions write plain files only where they are told to.
-    environment: ClassVar[Mapping[str, str]] = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_FILE_STORE": "true"}
+    # Nothing is sent to the makers, newer versions write plain files only where told to, and a server that is gone costs
+    # a quarter of a minute instead of four.
+    environment: ClassVar[Mapping[str, str]] = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    }
 
     uri: str | None = setting(None, help="a tracking server's or database's; null: files in the run's folder")
     experiment: str = setting("shoal", help="the MLflow experiment that the run is listed in")

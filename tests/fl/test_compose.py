@@ -140,7 +140,7 @@ WRONG = {
     "not a choice": (["engine.dtype=float16"], "engine.dtype", "float16", "one of auto, float32, bfloat16", "bfloat16"),
     "no device": (["engine.device=tpu"], "engine.device", "tpu", "auto, cpu, cuda", ""),
     "cohort of none": (["engine.cohort_size=0"], "engine.cohort_size", 0, ">= 1", ""),
-    "both steps and epochs": (["local.epochs=1"], "local.steps", 5, "exactly one of", "Set the other to null"),
+    "neither steps nor epochs": (["local.steps=null"], "local.steps", None, "has to be given", "local.steps=5"),
     "epsilon alone": (["privacy.epsilon=3"], "privacy.epsilon", 3.0, "no privacy mechanism", "epsilon=null"),
     "more than there are": (["clients.per_round=11"], "clients.per_round", 11, "clients.number, which is 10", ""),
     "a name that is a path": (["name=a/b"], "name", "a/b", "a folder's", ""),

@@ -119,10 +119,13 @@ def test_the_number_of_steps(settings, examples, steps):
     assert len(LocalTraining(batch_size=4, **settings).batches(0, 0, 1, np.arange(examples))) == steps
 
 
-@pytest.mark.parametrize("settings", [{}, {"steps": 1, "epochs": 1.0}], ids=["neither", "both"])
-def test_exactly_one_of_steps_and_epochs_is_given(settings):
-    with pytest.raises(ConfigError, match=r"exactly one of local\.steps and local\.epochs"):
-        LocalTraining(**settings)
+def test_steps_or_epochs_have_to_be_given():
+    with pytest.raises(ConfigError, match=r"local\.steps or local\.epochs has to be given"):
+        LocalTraining()
+
+
+def test_epochs_replace_steps():
+    assert LocalTraining(steps=7, epochs=1.0, batch_size=4).num_steps(10) == 3
 
 
 @pytest.mark.parametrize(("examples", "size"), [(10, 4), (12, 4), (3, 4), (5, 1)])
