@@ -91,7 +91,8 @@ class Trainer:
         Batches are of like length and do not depend on the number of workers, so neither do the scores.
         """
         examples = np.asarray(examples, dtype=np.int64)
-        order = np.argsort(np.asarray(self.worker.sets[name].lengths)[examples], kind="stable")
+        # Longest first: what is left to wait for at the end is short.
+        order = np.argsort(-np.asarray(self.worker.sets[name].lengths)[examples], kind="stable")
         parts = [order[low : low + batch_size] for low in range(0, len(order), batch_size)]
         results = self._run([("evaluate", (state, name, examples[part])) for part in parts])
         loss, targets = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
