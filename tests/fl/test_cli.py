@@ -155,7 +155,8 @@ def test_a_quiet_process_prints_nothing(tmp_path):
 
 def test_settings_may_stand_on_both_sides_of_an_option(tmp_path, capfd):
     assert main(["run", *ENCODER, "--quiet", f"hydra.run.dir={tmp_path / 'run'}", "seed=5"]) == 0
-    assert read_run(tmp_path / "run")["seed"] == 5
+    run = read_run(tmp_path / "run")
+    assert (run["seed"], run["model"]) == (5, "TinyEncoder")
 
 
 def test_a_run_shows_its_course_and_where_things_are(tmp_path, capfd):
