@@ -54,7 +54,7 @@ def batch_of(task: str, samples: int, length: int, vocabulary: int, *key: int | 
 
 
 class Bench:
-    """The things to time, on one model and batch shape. Runs inside a child on a CPU, one for each number of threads."""
+    """The things to time, on one model and batch shape. Runs in children on a CPU, some for each number of threads."""
 
     def __init__(self, spec: ModelSpec, rank: int, samples: int, length: int):
         self.spec, self.rank, self.samples, self.length = spec, rank, samples, length

@@ -1,4 +1,4 @@
-"""Shared by all tests: one torch thread (the machine has few cores), no network, a private cache for what is fetched."""
+"""Shared by all tests: one torch thread (the machine has few cores), no network, no telemetry."""
 
 import os
 

@@ -26,8 +26,8 @@ class MLflow(Tracker):
 
     name: ClassVar[str] = "mlflow"
     modules: ClassVar[tuple[str, ...]] = ("mlflow.tracking",)
-    # Nothing is sent to the makers, newer versions write plain files only where told to, and a server that is gone costs
-    # a quarter of a minute instead of four.
+    # Nothing is sent to the makers, newer versions write plain files only where told to, and a server that is gone
+    # costs a quarter of a minute instead of four.
     environment: ClassVar[Mapping[str, str]] = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ALLOW_FILE_STORE": "true",
