@@ -188,6 +188,10 @@ def test_a_finished_run_is_not_written_over(tmp_path):
 
 def test_brackets_in_what_is_printed_are_not_markup(tmp_path):
     console = Console(record=True, width=60, force_terminal=False)
-    folder = tmp_path / ("deep/" * 12) / "[bold]run[/bold]"
-    run([*ENCODER], folder=folder, shared=SHARED, console=console)
-    assert "[bold]run[/bold]" in console.export_text().replace("\n", "").replace(" ", "").replace("│", "")
+    rows = tmp_path / "[bold]rows.csv"
+    rows.write_text("text,label\n" + "the soup was good,1\nthe film was bad,0\n" * 40)
+    words = [*ENCODER, "data=csv", f"data.path='{rows}'", "data.max_length=16"]
+    run(words, folder=tmp_path / ("deep/" * 12) / "[red]run", shared=SHARED, console=console)
+    text = console.export_text()
+    assert f"Loading TinyEncoder and {rows} ...\n" in text  # on one line, however long
+    assert "[red]run" in text.replace("\n", "").replace(" ", "").replace("│", "")
