@@ -22,7 +22,7 @@ def said(capfd) -> tuple[str, str]:
 # Light commands
 
 
-LIGHT = [[], ["--help"], ["run", "--help"], ["sweep", "--help"], ["list"], ["list", "local"], ["list", "--json"]]
+LIGHT = [["--help"], ["run", "--help"], ["list"], ["list", "local", "--json"]]
 
 
 @pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)

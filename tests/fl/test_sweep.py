@@ -14,6 +14,14 @@ from tests.helpers import ENCODER, final, go, weights
 LISTS = ["adapter.rank=2,4,8", "seed=0,1"]
 
 
+@pytest.fixture(autouse=True)
+def report(request, monkeypatch):
+    """Drawing takes most of a tiny sweep's time; the test of the table draws."""
+    if "table" in request.node.name:
+        return
+    monkeypatch.setattr("fl.report.html.write_report", lambda folders, out: out.write_text("<html>") and out)
+
+
 @pytest.fixture
 def loads(monkeypatch):
     seen, load = [], TinyEncoder.load
