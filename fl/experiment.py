@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,7 +29,7 @@ from clients.worker import Worker
 from fl.config import build, setting
 from fl.engine.settings import InProcess
 from fl.errors import ConfigError
-from fl.evaluation import Evaluation
+from fl.evaluation import Evaluation, numbers
 from fl.network import Network
 from fl.node import Node
 from fl.sampling import Sampling
@@ -132,7 +133,6 @@ class Experiment:
     def data(self) -> FederatedData:
         """The federated data; checks the settings that depend on it, and those that the model's loading would find."""
         s = self.settings
-        tuning.pick_device(s.engine.device)
         s.adapter.config(s.adapter.target_modules or s.model.target_modules)
         train, test = self.shared.data(s)
         data = federate(train, test, s.partition, s.clients.number, s.seed, s.data.client_test_fraction)
@@ -156,6 +156,12 @@ class Experiment:
         base = self.shared.base(s.model, self.num_labels, dtype, attention, device)
         model = s.adapter.attach(base, s.model.target_modules, s.seed)
         return Cohort(model, base.task, device)
+
+    def central(self, trainer: Trainer, vector: np.ndarray) -> dict[str, Any]:
+        """Loss and metrics of the state ``vector`` ``(d,)`` on the central test set, by ``trainer``."""
+        test = self.data.test
+        scores = trainer.evaluate(vector, "test", np.arange(len(test)), self.settings.evaluation.batch_size)
+        return {"examples": len(test), **numbers(scores, test.labels if self.num_labels else None)}
 
     def choose_plan(self) -> Plan:
         """Measure, or look up, how to lay the work on the machine."""

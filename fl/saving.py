@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clients.data.tokens import TokenData
+from clients.cohort import Cohort
 from clients.models.saved import FILE
 from clients.trainer import Plan, Trainer
-from clients.worker import Scores, Worker
-from fl.evaluation import numbers
+from clients.worker import Worker
 from fl.experiment import BASE_SEED, Experiment
 from fl.keys import generator
 
@@ -32,9 +31,8 @@ def export(experiment: Experiment, vector: np.ndarray, folder: Path, card: Mappi
     device = experiment.trainer.plan.device
     cohort = experiment.cohort(torch.float32, "sdpa", device)
     state = torch.tensor(np.asarray(vector, dtype=np.float32))
-    test = experiment.data.test
     # The evaluation forks before this process does any arithmetic of its own.
-    scores = _evaluate(experiment, cohort, vector, test)
+    found = _evaluate(experiment, cohort, vector)
     model = cohort.unstacked(state)
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)  # type: ignore[operator]
     spec = {"model": card["model_settings"], "num_labels": experiment.num_labels, "seed": BASE_SEED}
@@ -42,20 +40,18 @@ def export(experiment: Experiment, vector: np.ndarray, folder: Path, card: Mappi
     tokenizer = experiment.settings.model.tokenizer()
     tokenizer.save_pretrained(str(folder))
     save_file(_probe(model, tokenizer.vocab_size, device), str(folder / PROBE))
-    labels = test.labels if experiment.num_labels else None
-    found = {"examples": len(test), **numbers(scores, labels)}
     name = cohort.model.peft_config["default"].base_model_name_or_path  # type: ignore[union-attr, index]
     (folder / "README.md").write_text(model_card({**card, "base_model": name, "scores": found}))
     return found
 
 
-def _evaluate(experiment: Experiment, cohort: Any, vector: np.ndarray, test: TokenData) -> Scores:
+def _evaluate(experiment: Experiment, cohort: Cohort, vector: np.ndarray) -> dict[str, Any]:
     plan = experiment.trainer.plan
-    worker = Worker(cohort, {"test": test}, experiment.settings.local, experiment.settings.seed)
+    worker = Worker(cohort, {"test": experiment.data.test}, experiment.settings.local, experiment.settings.seed)
     whole = Plan(plan.device, "float32", "sdpa", 1, plan.workers, plan.threads)
     trainer = Trainer(worker, whole)
     try:
-        return trainer.evaluate(vector, "test", np.arange(len(test)), experiment.settings.evaluation.batch_size)
+        return experiment.central(trainer, vector)
     finally:
         trainer.close()
 

@@ -14,7 +14,6 @@ from flwr.serverapp import Grid, ServerApp
 from fl import checkpoint, metrics
 from fl.clock import Clock
 from fl.errors import ConfigError, ShoalError
-from fl.evaluation import numbers
 from fl.experiment import Experiment
 from fl.ledger import Ledger
 from fl.messages import EvaluateReply, EvaluateRequest, payload_bytes
@@ -30,7 +29,7 @@ CHECKPOINT = "shoal-run-1"
 
 @dataclass
 class Server:
-    """One run at the server. ``finished`` is set once the schedule has ended; `final` are the numbers of run.json."""
+    """One run at the server. `final` are the numbers of run.json."""
 
     experiment: Experiment
     folder: RunFolder
@@ -40,7 +39,6 @@ class Server:
     ledger: Ledger = field(default_factory=Ledger)
     world: World | None = None
     newest: dict[str, Any] = field(default_factory=dict)  # the last central evaluation
-    finished: bool = False
     busy_s: float = 0.0  # wall seconds since training began: rounds with their evaluation and records
     _began: float = field(default_factory=time.perf_counter)
     restored: bool = False  # whether the state is that of a checkpoint
@@ -77,7 +75,6 @@ class Server:
         except BaseException:
             self._save()
             raise
-        self.finished = True
 
     def _train(self, world: World) -> None:
         settings = self.experiment.settings
@@ -111,8 +108,8 @@ class Server:
         nodes = sorted(grid.get_node_ids())
         if len(nodes) != len(experiment.data):
             raise ShoalError(f"The grid has {len(nodes)} clients; the partition made {len(experiment.data)}.")
-        limit = getattr(s.schedule, "max_update_norm", None)
-        validator = Validator(cohort.layout.hash, cohort.layout.size, limit, max_weight=len(experiment.data.train))
+        weight = len(experiment.data.train)
+        validator = Validator(cohort.layout.hash, cohort.layout.size, s.schedule.max_update_norm, max_weight=weight)
         return World(
             grid, nodes, s.seed, experiment.per_round, server, s.aggregator, s.server_optimizer, s.sampling, s.network,
             s.local, validator,
@@ -129,22 +126,12 @@ class Server:
         when, round = self.experiment.settings.evaluation, world.server.round
         common = {"round": round, "virtual_s": world.clock.now_s}
         if when.central(round, last):
-            scores = self.central(world.server.vector)
-            self.newest = scores
-            self._write({"event": "eval", **common, "split": "test", **scores})
+            self.newest = self.experiment.central(self.experiment.trainer, world.server.vector)
+            self._write({"event": "eval", **common, "split": "test", **self.newest})
         if when.per_client(round, last):
             event = self._per_client(world)
             if event is not None:
                 self._write({"event": "eval", **common, "split": "clients", **event})
-
-    def central(self, vector: np.ndarray) -> dict[str, Any]:
-        """Loss and metrics of the state ``vector`` on the central test set."""
-        experiment = self.experiment
-        test = experiment.data.test
-        scores = experiment.trainer.evaluate(
-            vector, "test", np.arange(len(test)), experiment.settings.evaluation.batch_size
-        )
-        return {"examples": len(test), **numbers(scores, test.labels if experiment.num_labels else None)}
 
     def _per_client(self, world: World) -> Event | None:
         server = shared(world.server)

@@ -88,6 +88,7 @@ class Schedule(ABC):
     """The ``schedule=`` group. ``rounds`` is how often the server's state changes (or may change)."""
 
     rounds: int = setting(10, ge=1, help="rounds of training")
+    max_update_norm: float = setting(1e4, gt=0, help="an update of larger L2 norm is rejected")
 
     @abstractmethod
     def run(self, world: World) -> Iterator[Event]:

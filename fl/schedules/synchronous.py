@@ -34,7 +34,6 @@ class Synchronous(Schedule):
 
     deadline_s: float | None = setting(None, gt=0, help="virtual seconds after which a round ends; null: none")
     min_clients: int = setting(1, ge=1, help="accepted updates that a round needs; with fewer the run stops")
-    max_update_norm: float = setting(1e4, gt=0, help="an update of larger L2 norm is rejected")
 
     def run(self, world: World) -> Iterator[Event]:
         for round in range(world.server.round + 1, self.rounds + 1):
