@@ -10,20 +10,41 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fl.errors import RunStopped
+from fl.config import setting
+from fl.errors import ConfigError, RunStopped
 from fl.state import ServerState, Update
+
+if TYPE_CHECKING:
+    from clients.adapters.base import Adapter
 
 # (n, d) updates (a matrix, or n rows that need not be copied into one), (n,) weights -> (d,) float64
 Combine = Callable[[np.ndarray | Sequence[np.ndarray], np.ndarray | Sequence[float]], np.ndarray]
 OptimizerState = Mapping[str, np.ndarray]
 
+# The forms of adapter, in words.
+FORMS = {
+    "lora": "that trains A and B of B A",
+    "b": "that trains B over a frozen A (ffa)",
+    "alternating": "that trains A and B in turn (rolora)",
+    "slice": "that trains one factor of each module (s2ft)",
+    "core": "that trains R of B R A (lora_xs, lora_sb)",
+    "gated": "that trains A, B and a gate (sora)",
+    "other": "of another kind",
+}
+
 
 @dataclass(frozen=True)
 class ServerOptimizer(ABC):
     """How the server moves its vector along a pseudo-gradient. The settings are fields; what it remembers is passed."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it takes the mean update as it is."""
+        return False
 
     @abstractmethod
     def step(
@@ -37,7 +58,69 @@ class ServerOptimizer(ABC):
 
 @dataclass(frozen=True)
 class Aggregator(ABC):
-    """A rule that makes the next server state of the updates of some clients."""
+    """A rule that makes the next server state of the updates of some clients.
+
+    ``takes`` are the forms of adapter (`clients.adapters.base.Adapter.form`) that it is defined for (empty: any),
+    ``mixed`` the forms whose clients may have different ranks. ``optimizes`` says whether a server optimiser other
+    than plain averaging means anything; ``stateful`` whether clients keep what they were sent (`fl.downlink`).
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ()
+    mixed: ClassVar[tuple[str, ...]] = ()
+    optimizes: ClassVar[bool] = True
+    stateful: ClassVar[bool] = False
+
+    weights: str | list[float] = setting(
+        "examples",
+        help="what a client counts for: examples (how many it has), uniform, or a list with a weight for each client",
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weights, str):
+            if self.weights not in ("examples", "uniform"):
+                allowed = "examples, uniform, or a list with a weight for each client"
+                raise ConfigError("aggregator.weights", self.weights, allowed)
+        elif not self.weights or min(self.weights) < 0 or max(self.weights) == 0:
+            raise ConfigError("aggregator.weights", self.weights, "numbers >= 0 that are not all 0")
+
+    def check(self, adapter: Adapter, optimizer: ServerOptimizer) -> None:
+        """Raise `ConfigError`, before anything loads, unless this rule can act on ``adapter`` with ``optimizer``."""
+        name, what = type(self).__name__, type(adapter).__name__
+        if self.takes and adapter.form not in self.takes:
+            forms = " or ".join(FORMS[form] for form in self.takes)
+            raise ConfigError(
+                "aggregator", name, f"it needs an adapter {forms}, which {what} is not", "See `shoal list adapters`."
+            )
+        if adapter.mixed_ranks and adapter.form not in self.mixed:
+            raise ConfigError(
+                "adapter.rank",
+                getattr(adapter, "rank", None),
+                f"one rank for all clients: {name} has no rule for mixed ranks of {what}",
+                "Use aggregator=flora, flexlora or hetlora with adapter=lora, or fedsb with adapter=lora_sb.",
+            )
+        if not self.optimizes and not optimizer.plain:
+            raise ConfigError(
+                "server_optimizer",
+                type(optimizer).__name__,
+                f"sgd with lr 1 and no momentum: {name} sets the factors, so there is no direction to move along",
+            )
+
+    def shares(self, updates: Sequence[Update]) -> np.ndarray:
+        """``p`` ``(n,)`` float64, which adds up to 1: what each of ``updates`` counts for.
+
+        Raises `RunStopped` where no client has any weight, `ConfigError` where the list of weights is too short.
+        """
+        if self.weights == "examples":
+            weights = [float(u.examples) for u in updates]
+        elif isinstance(self.weights, str):
+            weights = [1.0] * len(updates)
+        else:
+            if (most := max((u.client for u in updates), default=0)) >= len(self.weights):
+                raise ConfigError(
+                    "aggregator.weights", self.weights, f"a weight for each client; client {most} has none"
+                )
+            weights = [self.weights[u.client] for u in updates]
+        return normalised(weights)
 
     @abstractmethod
     def aggregate(
@@ -59,15 +142,54 @@ def in_client_order(updates: Sequence[Update]) -> list[Update]:
     return sorted(updates, key=lambda u: (u.client, u.start_version, u.round, u.sent_ticks, u.arrived_ticks))
 
 
-def move(server: ServerState, delta: np.ndarray, optimizer: ServerOptimizer | None = None) -> ServerState:
-    """The state after one optimiser step along ``delta`` ``(d,)`` float64, rounded once to float32."""
-    vector, memory = server.vector.astype(np.float64), server.optimizer
-    vector, memory = (vector + delta, memory) if optimizer is None else optimizer.step(vector, delta, memory)
+def normalised(weights: Sequence[float] | np.ndarray) -> np.ndarray:
+    """``w / sum w`` as float64. Raises `RunStopped` unless the weights are finite, not negative and not all zero."""
+    scale = np.asarray(weights, dtype=np.float64)
+    if len(scale) == 0:
+        raise RunStopped("There is no update to average: no client's reply was accepted.")
+    total = scale.sum()
+    if not (np.isfinite(total) and (scale >= 0).all() and total > 0):
+        raise RunStopped(
+            f"The weights of the {len(scale)} updates can't make a mean (smallest {scale.min():g}, sum {total:g}). "
+            "Use aggregator.weights=uniform, or data of which every client holds some."
+        )
+    return scale / total
+
+
+def move(
+    server: ServerState,
+    delta: np.ndarray,
+    optimizer: ServerOptimizer | None = None,
+    columns: np.ndarray | None = None,
+    label: str = "",
+) -> ServerState:
+    """The state after one optimiser step along ``delta`` ``(n,)`` float64 in ``columns`` ``(n,)`` (None: all).
+
+    Rounded once to the type of the vector. ``label`` names what the optimiser remembers of these columns.
+    """
+    vector = server.vector.astype(np.float64)
+    part = vector if columns is None else vector[columns]
+    memory = dict(server.optimizer)
+    if optimizer is None:
+        part = part + delta
+    else:
+        mine = {name.removeprefix(label): a for name, a in memory.items() if name.startswith(label)}
+        part, mine = optimizer.step(part, delta, mine)
+        memory |= {label + name: array for name, array in mine.items()}
+    if columns is None:
+        vector = part
+    else:
+        vector[columns] = part
+    return finite(server, vector, optimizer=memory)
+
+
+def finite(server: ServerState, vector: np.ndarray, **changes: Any) -> ServerState:
+    """The next version with ``vector`` ``(d,)``, rounded to the server's type. Raises `RunStopped` if not finite."""
     with np.errstate(over="ignore"):
-        rounded = vector.astype(np.float32)
+        rounded = vector.astype(server.vector.dtype)
     if not np.isfinite(rounded).all():
         raise RunStopped(
             f"The server's adapter is no longer finite after version {server.version}: the steps grew without bound. "
             "Lower server_optimizer.lr or local.lr."
         )
-    return server.replace(vector=rounded, optimizer=memory, version=server.version + 1)
+    return server.replace(vector=rounded, version=server.version + 1, **changes)

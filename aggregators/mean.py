@@ -17,9 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aggregators.base import Aggregator, ServerOptimizer, in_client_order, move
-from fl.config import setting
-from fl.errors import RunStopped
+from aggregators.base import Aggregator, ServerOptimizer, in_client_order, move, normalised
 from fl.state import ServerState, Update
 
 # Columns that are summed at a time: the float64 sum and one product stay in a core's cache (2 x 256 KiB).
@@ -33,17 +31,11 @@ def weighted_mean(updates: np.ndarray | Sequence[np.ndarray], weights: np.ndarra
     most, never ``n d``. The division comes last, so that n equal float32 updates give exactly that update.
     Raises `RunStopped` unless the weights are finite, not negative and not all zero.
     """
+    if len(weights) != len(updates):
+        raise ValueError(f"{len(updates)} updates have {len(weights)} weights")
+    normalised(weights)  # refuses what can't make a mean
     scale = np.asarray(weights, dtype=np.float64)  # (n,)
-    if len(scale) != len(updates):
-        raise ValueError(f"{len(updates)} updates have {len(scale)} weights")
-    if len(scale) == 0:
-        raise RunStopped("There is no update to average: no client's reply was accepted.")
     total = scale.sum()
-    if not (np.isfinite(total) and (scale >= 0).all() and total > 0):
-        raise RunStopped(
-            f"The weights of the {len(scale)} updates can't make a mean (smallest {scale.min():g}, sum {total:g}). "
-            "Use aggregator.weights=uniform, or data of which every client holds some."
-        )
     mean = np.zeros(len(updates[0]), dtype=np.float64)  # (d,)
     product = np.empty(min(_COLUMNS, len(mean)), dtype=np.float64)
     for start in range(0, len(mean), _COLUMNS):
@@ -55,19 +47,37 @@ def weighted_mean(updates: np.ndarray | Sequence[np.ndarray], weights: np.ndarra
     return mean
 
 
+def combined(updates: Sequence[Update], shares: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """The mean of updates that may cover different columns: ``sum_i p_i u_i`` with zeros where a client has no column.
+
+    Returns it ``(n,)`` float64 and its columns ``(n,)``, the union of the clients' (None: all).
+    """
+    first = updates[0].columns
+    if all(u.columns is first for u in updates):
+        return weighted_mean([u.vector for u in updates], shares), first
+    assert first is not None
+    owned = [u.columns for u in updates if u.columns is not None]
+    columns = np.unique(np.concatenate(list({id(c): c for c in owned}.values())))
+    mean = np.zeros(len(columns))
+    for share, update, mine in zip(shares, updates, owned, strict=True):
+        mean[np.searchsorted(columns, mine)] += share * update.vector.astype(np.float64)
+    return mean, columns
+
+
 @dataclass(frozen=True)
 class FedAvg(Aggregator):
-    """Weighted mean of the updates, then one step of the server optimiser."""
+    """Weighted mean of the updates, then one step of the server optimiser.
 
-    weights: str = setting(
-        "examples",
-        choices=["examples", "uniform"],
-        help="what a client counts for: its number of examples, or the same as any other",
-    )
+    Exact, mixed ranks included, where the weight change is linear in what trains (one factor, or R); with both factors
+    in training it is FedIT.
+    """
+
+    mixed = ("b", "alternating", "core", "slice")
 
     def aggregate(
         self, server: ServerState, updates: Sequence[Update], optimizer: ServerOptimizer | None = None
     ) -> ServerState:
         ordered = in_client_order(updates)
-        weights = [float(u.examples) if self.weights == "examples" else 1.0 for u in ordered]
-        return move(server, weighted_mean([u.vector for u in ordered], weights), optimizer)
+        mean, columns = combined(ordered, self.shares(ordered))
+        label = "" if columns is None else f"{columns[0]}+{len(columns)}/" if len(columns) else ""
+        return move(server, mean, optimizer, columns, label)

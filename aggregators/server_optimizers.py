@@ -37,6 +37,10 @@ class SGD(ServerOptimizer):
     lr: float = setting(1.0, gt=0, help="server learning rate; 1 takes the mean of the clients")
     momentum: float = setting(0.0, ge=0, lt=1, help="how much of the last step to repeat; FedAvgM uses 0.9")
 
+    @property
+    def plain(self) -> bool:
+        return self.lr == 1 and self.momentum == 0
+
     def step(
         self, vector: np.ndarray, delta: np.ndarray, state: OptimizerState
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clients import dropout, independence
+from clients.adapters.base_change import Change
+from clients.adapters.space import Module, Space
 from clients.data.batch import Batch
 from clients.layout import Layout
-from clients.stacked import Slots, Stacked, stack_layer
+from clients.stacked import Slots, Stacked, StackedLoRA, stack_layer
 from fl.errors import ConfigError
 from fl.keys import Part
 
@@ -103,17 +105,20 @@ class Cohort:
     """A PEFT model whose adapted layers hold S slots.
 
     ``model`` is what `clients.adapters.base.Adapter.attach` returned. After construction the layers are stacked;
-    `unstacked` gives the plain PEFT model back (to save it, or to compare). ``layout`` names the trainable tensors
-    with PEFT's own names; ``initial`` is the state ``(d,)`` that the adapter began with.
+    `unstacked` gives the plain PEFT model back (to save it, or to compare). ``space`` says what the tensors of a state
+    are, with PEFT's own names; ``initial`` is the state ``(d,)`` that the adapter began with. ``layout`` is that of the
+    stacked states: all tensors of the space, or inside `training` those that train.
     """
 
-    def __init__(self, model: nn.Module, task: str, device: str | torch.device = "cpu"):
+    def __init__(self, model: nn.Module, task: str, device: str | torch.device = "cpu", space: Space | None = None):
         self.model, self.task, self.device = model, task, torch.device(device)
         self.slots = Slots()
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ConfigError("adapter", None, "at least one trainable tensor")
         self.layout = Layout.of(trainable)
+        self.space = space or Space(self.layout)
+        self.gains: dict[str, Tensor] = {}  # of the clients in training: see `Slots.gains`
         self.initial = self.layout.flatten({n: p.detach().float() for n, p in trainable.items()}).cpu()
         installed = dropout.install(model, self.slots)
         self.functional: dropout.FunctionalDropout | None = dropout.FunctionalDropout(self.slots)
@@ -172,6 +177,56 @@ class Cohort:
     def restack(self) -> None:
         self._stack()
 
+    @contextlib.contextmanager
+    def training(self, groups: Sequence[str], start: Tensor, clients: Sequence[int | None] = ()) -> Iterator[None]:
+        """Inside the block states hold the tensors of ``groups`` alone; the others are those of ``start`` ``(d,)``.
+
+        ``clients`` are the slots' clients, whose scales may differ.
+        """
+        whole, views = self.layout, self.layout.views(start.to(self.device))
+        self.layout = self.space.sublayout(groups)
+        trained = set(self.layout.names)
+        self.slots.shared = {n: v.detach() for n, v in views.items() if n not in trained}
+        self.gains = self._gains(trained, clients)
+        try:
+            yield
+        finally:
+            self.layout, self.slots.shared, self.gains = whole, {}, {}
+
+    def _gains(self, trained: set[str], clients: Sequence[int | None]) -> dict[str, Tensor]:
+        gains = {}
+        for module in self.space.modules if self.space.scales else ():
+            values = [self.space.scale(module, c) / module.scale for c in clients]
+            # A factor that does not train is in the server's scale (`Space`).
+            if module.scaled in trained and any(v != 1 for v in values):
+                self._need_linear(module)
+                gains[module.scaled] = torch.tensor(values, device=self.device).reshape(-1, 1, 1)
+        return gains
+
+    def _need_linear(self, module: Module) -> None:
+        """Only `StackedLoRA` reads the slots' gains and the base's change."""
+        if not any(isinstance(s, StackedLoRA) and module.b in s.names.values() for _, _, s in self.swaps):
+            raise ConfigError(
+                "adapter.target_modules",
+                module.name,
+                "linear layers alone, where clients' scales differ or the base changes",
+            )
+
+    def load_base(self, change: Change) -> None:
+        """From now on the base's weights are those that were loaded plus ``change``.
+
+        Raises `ConfigError` where a module with a change is no linear layer.
+        """
+        modules = {m.name: m for m in self.space.modules}
+        for name in change:
+            self._need_linear(modules[name])
+        self.slots.base = {
+            modules[name].b: tuple(  # type: ignore[misc]
+                None if part is None else torch.tensor(part, device=self.device) for part in (piece.left, piece.right)
+            )
+            for name, piece in change.items()
+        }
+
     def losses(self, states: Tensor, batch: CohortBatch) -> Tensor:
         """``(S,)``: each slot's loss, the weighted sum over its own samples, at ``states`` ``(S, d)``."""
         return (self.sample_losses(self.layout.views(states), batch) * batch.weights).sum(1)
@@ -217,7 +272,12 @@ class Cohort:
             offsets,
             None if batch.prefix is None else batch.prefix.reshape(slots * rows, 1, *batch.prefix.shape[2:]),
         )
-        losses, grads = self.gradients(states.repeat_interleave(rows, dim=0), one)
+        gains = self.gains
+        self.gains = {name: gain.repeat_interleave(rows, dim=0) for name, gain in gains.items()}
+        try:
+            losses, grads = self.gradients(states.repeat_interleave(rows, dim=0), one)
+        finally:
+            self.gains = gains
         return losses.reshape(slots, rows), grads.reshape(slots, rows, -1)
 
     def sample_losses(self, tensors: dict[str, Tensor], batch: CohortBatch) -> Tensor:
@@ -233,6 +293,7 @@ class Cohort:
         """``(S, B, classes)`` or ``(S, B, T, vocabulary)`` from stacked tensors ``(S, *shape)``."""
         slots, rows, width = batch.input_ids.shape
         self.slots.number, self.slots.tensors = slots, tensors
+        self.slots.gains = {name: gain[:slots] for name, gain in self.gains.items()}
         mode: contextlib.AbstractContextManager = contextlib.nullcontext()
         if batch.keys is not None and self.has_dropout:
             lengths = batch.attention_mask.sum(-1)

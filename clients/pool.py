@@ -59,6 +59,20 @@ class Pool:
             raise failure
         return results
 
+    def everywhere(self, method: str, arguments: tuple) -> None:
+        """Call ``method`` in every child, one after another; for what all of them have to know."""
+        try:
+            for pipe in self.pipes:
+                self._send(pipe, [(method, arguments)], 0)
+            answers = [pipe.recv() for pipe in self.pipes]
+        except (EOFError, ConnectionError) as error:
+            self.close()
+            raise ShoalError("A worker process died; start the run again with --resume.") from error
+        for good, value in answers:
+            if not good:
+                self.close()
+                raise _error(*value)
+
     def _run(self, tasks: Sequence[Task], done: Callable[[Any], None]) -> tuple[list[Any], ShoalError | None]:
         results: list[Any] = [None] * len(tasks)
         waiting = list(range(len(tasks)))[::-1]

@@ -25,10 +25,17 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Slots:
-    """What the stacked layers read during one forward pass: the slots' tensors and the dropout keys."""
+    """What the stacked layers read during one forward pass: the slots' tensors and the dropout keys.
+
+    What does not train is in ``shared``, once for all slots; a module's ``gains`` are the slots' own scales over the
+    layer's, by the name of the tensor that is scaled; ``base`` is added to the frozen weight, by the name of B.
+    """
 
     number: int = 1
     tensors: dict[str, Tensor] = field(default_factory=dict)  # canonical name -> (slots, *shape)
+    shared: dict[str, Tensor] = field(default_factory=dict)  # canonical name -> shape
+    gains: dict[str, Tensor] = field(default_factory=dict)  # canonical name -> (slots, 1, 1)
+    base: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # (out, p), (p, in); or (out, in)
     dropout: DropoutKeys = field(default_factory=DropoutKeys)
     prefix: Tensor | None = None  # (slots * batch, tokens, hidden): see clients.prefix
 
@@ -51,7 +58,18 @@ class Stacked(nn.Module):
         return self.hidden[0]
 
     def tensor(self, name: str) -> Tensor:
-        return self.slots.tensors[self.names[name]]
+        """The layer's own tensor ``name``: ``(slots, *shape)``, or its shape where it is shared."""
+        canonical = self.names[name]
+        found = self.slots.tensors.get(canonical)
+        return self.slots.shared[canonical] if found is None else found
+
+    def stacked(self, name: str) -> Tensor:
+        """The same with a first axis of slots in any case."""
+        canonical = self.names[name]
+        if canonical in self.slots.tensors:
+            return self.slots.tensors[canonical]
+        shared = self.slots.shared[canonical]
+        return shared.expand(self.slots.number, *shared.shape)
 
 
 class StackedLinear(Stacked):
@@ -66,20 +84,22 @@ class StackedLinear(Stacked):
         self.bias_name = next((n for n in names if n.endswith("bias")), None)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.tensor(self.weight_name)
+        weight = self.stacked(self.weight_name)
         rows = x.to(weight.dtype).reshape(self.slots.number, -1, x.shape[-1])  # (slots, rows, in)
         if self.bias_name is None:
             out = torch.bmm(rows, weight.transpose(1, 2))
         else:
-            out = torch.baddbmm(self.tensor(self.bias_name).unsqueeze(1), rows, weight.transpose(1, 2))
+            out = torch.baddbmm(self.stacked(self.bias_name).unsqueeze(1), rows, weight.transpose(1, 2))
         return out.reshape(*x.shape[:-1], weight.shape[1])
 
 
 class StackedLoRA(Stacked):
-    """``y_s = base(x_s) + scaling * dropout(x_s) A_s^T B_s^T`` with A ``(S, rank, in)`` and B ``(S, out, rank)``.
+    """``y_s = base(x_s) + scaling * dropout(x_s) A_s^T [R_s^T] B_s^T``: A ``(rank, in)``, B ``(out, rank)``, and the
+    core ``R`` ``(rank, rank)`` or gate ``(rank,)`` where the adapter has one (`clients.adapters.core.Core`).
 
-    The base product is shared by all slots; A and B are two batched products beside it. Works for ``nn.Linear`` and
-    for GPT-2's ``Conv1D``, since PEFT keeps A and B as linear layers in both. Equation: Hu et al., LoRA, eq. 3.
+    The base product is shared by all slots; the factors are batched products beside it, or one product where a factor
+    is the same in all slots. Works for ``nn.Linear`` and for GPT-2's ``Conv1D``, since PEFT keeps A and B as linear
+    layers in both. Equation: Hu et al., LoRA, eq. 3.
     """
 
     def __init__(self, layer: nn.Module, names: dict[str, str], slots: Slots, adapter: str = "default"):
@@ -87,18 +107,42 @@ class StackedLoRA(Stacked):
         self.base_layer = layer.base_layer
         self.scaling = float(layer.scaling[adapter])  # type: ignore[index]
         self.lora_dropout: nn.Module = layer.lora_dropout[adapter]  # type: ignore[index, assignment]
-        self.a_name = f"lora_A.{adapter}.weight"
         self.b_name = f"lora_B.{adapter}.weight"
+        self.core_name = next((n for n in names if n.startswith(f"lora_A.{adapter}.core")), None)
+        self.a_name = f"lora_A.{adapter}.weight" if self.core_name is None else f"lora_A.{adapter}.down.weight"
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)  # type: ignore[operator]
+        b_name = self.names[self.b_name]
+        if b_name in self.slots.base:
+            y = y + _times(x, *self.slots.base[b_name])
         slots = self.slots.number
-        a = self.tensor(self.a_name).to(x.dtype)
-        b = self.tensor(self.b_name).to(x.dtype)
         rows = self.lora_dropout(x).reshape(slots, -1, x.shape[-1])  # (slots, rows, in)
-        low = torch.bmm(rows, a.transpose(1, 2))  # (slots, rows, rank)
-        out = torch.baddbmm(y.reshape(slots, -1, y.shape[-1]), low, b.transpose(1, 2), alpha=self.scaling)
+        low = _through(rows, self.tensor(self.a_name).to(x.dtype))  # (slots, rows, rank)
+        if self.core_name is not None:
+            core = self.tensor(self.core_name).to(x.dtype)
+            gate = core.dim() - (self.names[self.core_name] in self.slots.tensors) == 1
+            low = low * (core.unsqueeze(1) if core.dim() == 2 else core) if gate else _through(low, core)
+        gain = self.slots.gains.get(self.names[self.core_name or self.b_name])
+        if gain is not None:
+            low = low * gain.to(low.dtype)
+        b = self.tensor(self.b_name).to(x.dtype)
+        flat = y.reshape(slots, -1, y.shape[-1])
+        if b.dim() == 3:
+            out = torch.baddbmm(flat, low, b.transpose(1, 2), alpha=self.scaling)
+        else:
+            out = torch.addmm(flat.flatten(0, 1), low.flatten(0, 1), b.T, alpha=self.scaling)
         return out.reshape(y.shape)
+
+
+def _through(rows: Tensor, weight: Tensor) -> Tensor:
+    """``x_s W_s^T``: rows ``(S, n, in)`` and W ``(S, out, in)``, or ``(out, in)`` for all slots."""
+    return torch.bmm(rows, weight.transpose(1, 2)) if weight.dim() == 3 else rows @ weight.T
+
+
+def _times(x: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
+    """``x (left right)^T``, or ``x left^T``."""
+    return x @ left.to(x.dtype).T if right is None else (x @ right.to(x.dtype).T) @ left.to(x.dtype).T
 
 
 class StackedLayer(Stacked):
@@ -117,7 +161,7 @@ class StackedLayer(Stacked):
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         slots = self.slots.number
         rows = x.reshape(slots, -1, *x.shape[1:])  # (slots, batch, ...)
-        tensors = {local: self.slots.tensors[name] for local, name in self.names.items()}
+        tensors = {local: self.stacked(local) for local in self.names}
         dtype = x.dtype if x.is_floating_point() else self.dtype
         if not self.loop:
             try:
@@ -151,6 +195,10 @@ def _plain_lora(layer: nn.Module, names: Sequence[str] | dict[str, str], adapter
     return (
         type(layer) is LoraLinear
         and adapter not in layer.lora_variant
-        and set(names) == {f"lora_A.{adapter}.weight", f"lora_B.{adapter}.weight"}
+        and set(names)
+        in (
+            {f"lora_A.{adapter}.weight", f"lora_B.{adapter}.weight"},
+            {f"lora_A.{adapter}.down.weight", f"lora_A.{adapter}.core", f"lora_B.{adapter}.weight"},
+        )
         and not layer.lora_bias[adapter]
     )

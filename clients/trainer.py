@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from clients.adapters.base_change import Change
 from clients.local.training import Fit, Work
 from clients.pool import Pool, available
 from clients.worker import Scores, Worker
+
+HELD = 4  # changes of the base that workers keep at a time: versions that outstanding work starts from
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,21 @@ def cohorts(works: Sequence[Work], lengths: np.ndarray, size: int, workers: int)
     enough work.
 
     Jobs with like numbers of steps, then of like sample length, go together: little is padded, and a slot seldom
-    ends before its neighbours. Within a cohort the number of steps falls.
+    ends before its neighbours. Within a cohort the number of steps falls. Jobs that train other tensors, or beside
+    another version of what does not train, are never together.
     """
-    if not works:
-        return []
     mean = [float(lengths[np.concatenate(w.batches)].mean()) for w in works]
-    order = sorted(range(len(works)), key=lambda i: (-len(works[i].batches), -mean[i], works[i].client, i))
-    number = -(-len(works) // size)
-    number = min(len(works), -(-number // workers) * workers)
-    cuts = [len(order) * i // number for i in range(number + 1)]
-    return [order[low:high] for low, high in itertools.pairwise(cuts)]
+    alike: dict[tuple, list[int]] = {}
+    for i, work in enumerate(works):
+        alike.setdefault((work.groups, work.shared, work.base if isinstance(work.base, int) else 0), []).append(i)
+    out = []
+    for members in alike.values():
+        order = sorted(members, key=lambda i: (-len(works[i].batches), -mean[i], works[i].client, i))
+        number = -(-len(order) // size)
+        number = min(len(order), -(-number // workers) * workers)
+        cuts = [len(order) * i // number for i in range(number + 1)]
+        out += [order[low:high] for low, high in itertools.pairwise(cuts)]
+    return out
 
 
 class Trainer:
@@ -64,6 +73,25 @@ class Trainer:
         self.pool = Pool(worker, plan.workers, plan.threads) if apart else None
         if self.pool is None:
             torch.set_num_threads(plan.threads)
+        self._held: OrderedDict[int, Change] = OrderedDict()  # changes of the base that the workers hold
+        self._number = 0
+
+    def _base(self, change: Change) -> int:
+        """The number under which the workers hold ``change``; known by its identity, and kept for the last few."""
+        if not change:
+            return 0
+        for number, held in self._held.items():
+            if held is change:
+                self._held.move_to_end(number)
+                return number
+        self._number += 1
+        self._held[self._number] = change
+        forget = self._held.popitem(last=False)[0] if len(self._held) > HELD else None
+        if self.pool is not None:
+            self.pool.everywhere("hold", (self._number, change, forget))
+        else:
+            self.worker.hold(self._number, change, forget)
+        return self._number
 
     def _run(self, tasks: list[tuple[str, tuple]], done: Callable[[Any], None] = lambda _: None) -> list[Any]:
         if self.pool is not None:
@@ -77,6 +105,7 @@ class Trainer:
     def train(self, works: Sequence[Work]) -> list[Fit]:
         """The results of the jobs, in their order; `on_cohort` is told of each cohort as it ends."""
         lengths = np.asarray(self.worker.sets["train"].lengths)
+        works = [replace(w, base=w.base if isinstance(w.base, int) else self._base(w.base)) for w in works]
         groups = cohorts(works, lengths, self.plan.cohort_size, self.plan.workers)
         results = self._run([("fit", ([works[i] for i in group],)) for group in groups], self.on_cohort)
         out: list[Fit | None] = [None] * len(works)
@@ -85,8 +114,10 @@ class Trainer:
                 out[i] = fit
         return [fit for fit in out if fit is not None]
 
-    def evaluate(self, state: np.ndarray, name: str, examples: np.ndarray, batch_size: int) -> Scores:
-        """`Scores` of ``examples`` (indices into the set ``name``) in their order.
+    def evaluate(
+        self, state: np.ndarray, name: str, examples: np.ndarray, batch_size: int, base: Change | None = None
+    ) -> Scores:
+        """`Scores` of ``examples`` (indices into the set ``name``) in their order, with ``base`` added to the base.
 
         Batches are of like length and do not depend on the number of workers, so neither do the scores.
         """
@@ -94,12 +125,20 @@ class Trainer:
         # Longest first: what is left to wait for at the end is short.
         order = np.argsort(-np.asarray(self.worker.sets[name].lengths)[examples], kind="stable")
         parts = [order[low : low + batch_size] for low in range(0, len(order), batch_size)]
-        results = self._run([("evaluate", (state, name, examples[part])) for part in parts])
+        number = self._base(base or {})
+        results = self._run([("evaluate", (state, name, examples[part], number)) for part in parts])
         loss, targets = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
         predicted = np.zeros(len(examples), dtype=np.int64)
         for part, scores in zip(parts, results, strict=True):
             loss[part], targets[part], predicted[part] = scores.loss, scores.targets, scores.predicted
         return Scores(loss, targets, predicted)
+
+    def statistics(
+        self, kind: str, name: str, holders: Sequence[np.ndarray], clip: float | None, batch_size: int = 8
+    ) -> list[np.ndarray]:
+        """The statistic ``kind`` (`clients.adapters.statistics`), packed, of each of ``holders``' examples."""
+        cuts = [[h[low : low + batch_size] for low in range(0, len(h), batch_size)] for h in holders]
+        return self._run([("statistic", (kind, name, cut, clip)) for cut in cuts])
 
     def close(self) -> None:
         if self.pool is not None:

@@ -78,7 +78,12 @@ class Probe:
             gc.collect()
             self.built[key] = self.make(plan.torch_dtype, plan.attention, plan.device)
         cohort = self.built[key]
-        states = cohort.initial.to(cohort.device).repeat(slots, 1)
+        groups = cohort.space.trains(1)
+        with cohort.training(groups, cohort.initial):
+            return self._seconds(cohort, slots, repeats, cohort.initial[cohort.space.columns(groups)])
+
+    def _seconds(self, cohort: Cohort, slots: int, repeats: int, state: torch.Tensor) -> float:
+        states = state.to(cohort.device).repeat(slots, 1)
         memory, lr = self.optimizer.init(states), torch.full((slots, 1), 1e-4, device=cohort.device)
         picked = [self.batches[i % len(self.batches)] for i in range(slots)]
         best, began = float("inf"), time.perf_counter()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from clients.adapters import statistics
+from clients.adapters.base_change import Change
 from clients.cohort import Cohort, CohortBatch, causal_loss, classification_loss
 from clients.data.tokens import TokenData
 from clients.local.training import Fit, LocalTraining, Work
@@ -43,6 +45,18 @@ class Worker:
     ):
         self.cohort, self.sets, self.local, self.seed = cohort, sets, local, seed
         self.prefix = prefix
+        self.bases: dict[int, Change] = {0: {}}
+        self._loaded = 0
+
+    def hold(self, number: int, change: Change, forget: int | None = None) -> None:
+        """Keep ``change`` of the base under ``number`` (0 is no change), in place of the one numbered ``forget``."""
+        self.bases[number] = change
+        self.bases.pop(forget, None)  # type: ignore[arg-type]
+
+    def _use(self, base: int) -> None:
+        if base != self._loaded:
+            self.cohort.load_base(self.bases[base])
+            self._loaded = base
 
     def _batch(self, name: str, examples: Sequence[np.ndarray], keys: list | None) -> CohortBatch:
         data = self.sets[name]
@@ -50,7 +64,7 @@ class Worker:
         return batch if self.prefix is None else self.prefix.lay(name, batch, examples)
 
     def fit(self, works: Sequence[Work]) -> list[Fit]:
-        """Train one cohort; ``works`` in order of falling number of steps."""
+        """Train one cohort; ``works`` in order of falling number of steps, all of one base, groups and ``shared``."""
 
         def make_batch(active: Sequence[int], step: int) -> CohortBatch:
             keys = None
@@ -58,10 +72,29 @@ class Worker:
                 keys = [(self.seed, works[s].client, works[s].round, step) for s in active]
             return self._batch("train", [works[s].batches[step] for s in active], keys)
 
-        return self.local.fit(self.cohort, works, make_batch)
+        first = works[0]
+        assert isinstance(first.base, int)
+        self._use(first.base)
+        space = self.cohort.space
+        columns = space.columns(first.groups)
+        start = torch.tensor(first.start, dtype=torch.float32)
+        with self.cohort.training(first.groups or space.names, start, [w.client for w in works]):
+            mine = works if len(columns) == len(start) else [replace(w, start=w.start[columns]) for w in works]
+            return self.local.fit(self.cohort, mine, make_batch)
 
-    def evaluate(self, state: np.ndarray, name: str, examples: np.ndarray) -> Scores:
+    def statistic(self, kind: str, name: str, examples: Sequence[np.ndarray], clip: float | None) -> np.ndarray:
+        """The statistic ``kind`` of the examples of the set ``name``, a batch at a time, summed: packed float64."""
+        self._use(0)
+        parts = []
+        for batch in examples:
+            data = self.sets[name]
+            laid = CohortBatch.of([data.batch(batch)], None, self.cohort.device, data.pad_id)
+            parts.append(statistics.collect(self.cohort, laid, kind, clip))
+        return statistics.pack(statistics.total(parts), kind).numpy()
+
+    def evaluate(self, state: np.ndarray, name: str, examples: np.ndarray, base: int = 0) -> Scores:
         """`Scores` of the examples of the set ``name`` under ``state`` ``(d,)``: one batch, no dropout."""
+        self._use(base)
         batch = self._batch(name, [examples], None)
         with torch.no_grad():
             row = torch.tensor(np.asarray(state, dtype=np.float32), device=self.cohort.device)[None]

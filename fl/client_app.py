@@ -18,4 +18,7 @@ def client_app(node: Node, batch_size: int) -> ClientApp:
     def evaluate(messages: list[Message], context: Context) -> list[Message]:
         return node.evaluate(messages, batch_size)
 
-    return cohort_app(train, evaluate)
+    def query(messages: list[Message], context: Context) -> list[Message]:
+        return node.statistics(messages)
+
+    return cohort_app(train, evaluate, query)

@@ -1,14 +1,17 @@
 """From the words on the command line to settings: Hydra composes, errors become one line each.
 
 A list of values (``seed=0,1,2``) is a sweep, as in Hydra's multirun; `expand` makes one list of overrides a job.
+A preset may hold a section ``sweep:``, which says what `shoal sweep` varies and is no setting of a run: `compose` leaves
+it out, `sweep_section` reads it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,9 @@ from fl.errors import ConfigError
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
 
+SECTION = "sweep"
 RUN_DIR, SWEEP_DIR = "hydra.run.dir", "hydra.sweep.dir"
 
 
@@ -26,11 +31,49 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Path]]:
     Raises `ConfigError` for an unknown group or option, for a value that can't be parsed and for a list of values.
     An unknown key comes through: `fl.experiment.Settings.of` refuses it, and knows what there is.
     """
+    from omegaconf import OmegaConf
+
+    with _composed(overrides) as (full, parsed):
+        full.hydra.job.num = 0
+        folders = {RUN_DIR: Path(str(full.hydra.run.dir)), SWEEP_DIR: Path(str(full.hydra.sweep.dir))}
+        OmegaConf.set_struct(full, False)
+        full.pop("hydra")
+        full.pop("experiment", None)
+        if not any(_is_of_section(override) for override in parsed):  # what was typed is refused as no setting
+            full.pop(SECTION, None)
+        resolved = OmegaConf.to_container(full, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    settings = {str(k): v for k, v in resolved.items()}
+    _drop_foreign(settings, {str(o.key_or_group): o.value() for o in parsed if not o.is_delete()})
+    return settings, folders
+
+
+def sweep_section(overrides: Sequence[str]) -> Any:
+    """The section ``sweep:`` of the preset that the words choose, with their ``sweep.KEY=VALUE``; None without one.
+
+    Of the words only these, the preset and where to look for it (hydra.searchpath) count. Raises `ConfigError` as
+    `compose` does.
+    """
+    from omegaconf import OmegaConf
+
+    chosen = ("experiment", "hydra.searchpath")
+    parsed = [o for o in _parse(overrides) if o.key_or_group in chosen or _is_of_section(o)]
+    with _composed([str(o.input_line) for o in parsed]) as (full, _):
+        found = full.get(SECTION)
+        return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+
+
+def _is_of_section(override: Override) -> bool:
+    return str(override.key_or_group).partition(".")[0] == SECTION
+
+
+@contextlib.contextmanager
+def _composed(overrides: Sequence[str]) -> Iterator[tuple[DictConfig, list[Override]]]:
+    """What Hydra composes, nothing resolved yet, and the words as read; what goes wrong inside is a `ConfigError`."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     parsed = _parse(overrides)
@@ -39,19 +82,9 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Path]]:
         with initialize_config_module("configs", version_base="1.3"):
             groups = set(GlobalHydra.instance().config_loader().list_groups(""))
             words = [_checked(override, groups) for override in parsed]
-            full = hydra_compose("config", overrides=words, return_hydra_config=True)
-            full.hydra.job.num = 0
-            folders = {RUN_DIR: Path(str(full.hydra.run.dir)), SWEEP_DIR: Path(str(full.hydra.sweep.dir))}
-            OmegaConf.set_struct(full, False)
-            full.pop("hydra")
-            full.pop("experiment", None)
-            resolved = OmegaConf.to_container(full, resolve=True, throw_on_missing=True)
+            yield hydra_compose("config", overrides=words, return_hydra_config=True), parsed
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error, overrides) from error
-    assert isinstance(resolved, dict)
-    settings = {str(k): v for k, v in resolved.items()}
-    _drop_foreign(settings, {str(o.key_or_group): o.value() for o in parsed if not o.is_delete()})
-    return settings, folders
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -154,25 +187,37 @@ def expand(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[list[st
 
     Lists (``a=1,2``), ``range(...)`` and ``choice(...)`` are Hydra's. Without any, there is one job.
     """
-    from hydra.errors import HydraException
-
     axes: dict[str, list[str]] = {}
     choices: list[list[str]] = []
+    for key, values, words in alternatives(overrides):
+        if values is not None:
+            if key in axes:
+                raise ConfigError(key, ",".join(values), "one list for each setting", "Join the two lists.")
+            axes[key] = values
+        choices.append(words)
+    return axes, [list(job) for job in itertools.product(*choices)]
+
+
+def alternatives(overrides: Sequence[str]) -> list[tuple[str, list[str] | None, list[str]]]:
+    """Of each word its key, the values of its list (None where it is none), and the words of single runs it stands for.
+
+    ``+a=1,2`` is ``("a", ["1", "2"], ["+a=1", "+a=2"])``, ``b=3`` is ``("b", None, ["b=3"])``. Raises `ConfigError`.
+    """
+    from hydra.errors import HydraException
+
+    found: list[tuple[str, list[str] | None, list[str]]] = []
     for override in _parse(overrides):
+        word, key = str(override.input_line), override.get_key_element()
         if not override.is_sweep_override():
-            choices.append([str(override.input_line)])
+            found.append((key.lstrip("+~"), None, [word]))
             continue
         try:
             values = [str(v) for v in override.sweep_string_iterator()]
         except HydraException as error:
-            key, _, value = str(override.input_line).partition("=")
+            key, _, value = word.partition("=")
             raise ConfigError(key, value, "a list (a,b), range(...) or choice(...) to sweep over") from error
-        key = override.get_key_element()
-        if key.lstrip("+") in axes:
-            raise ConfigError(key.lstrip("+"), ",".join(values), "one list for each setting", "Join the two lists.")
-        axes[key.lstrip("+")] = values
-        choices.append([f"{key}={v}" for v in values])
-    return axes, [list(job) for job in itertools.product(*choices)]
+        found.append((key.lstrip("+"), values, [f"{key}={v}" for v in values]))
+    return found
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

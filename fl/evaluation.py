@@ -21,6 +21,9 @@ class Evaluation:
     )
     clients: str = setting("final", choices=["never", "final", "always"], help="evaluate each client's own test set")
     batch_size: int = setting(64, ge=1, help="examples in one forward pass")
+    aggregation_error: bool = setting(
+        False, help="record each round how far the server's weight change is from the mean of the clients'"
+    )
 
     def central(self, round: int, last: bool) -> bool:
         """Whether the central test set is due after ``round`` (0: before training)."""

@@ -15,6 +15,8 @@ from torch import nn
 from aggregators.base import Aggregator, ServerOptimizer
 from clients import tuning
 from clients.adapters.base import Adapter
+from clients.adapters.base_change import Change
+from clients.adapters.initial.base import DataDriven
 from clients.behaviours.base import Behaviour
 from clients.cohort import Cohort
 from clients.data.federated import FederatedData, federate
@@ -41,6 +43,8 @@ from privacy.base import Privacy
 BASE_SEED = 0
 # Activations of frozen layers are kept up to this many bytes unless asked for.
 PREFIX_LIMIT = 2 << 30
+# Methods whose output is no fixed change of the base's weights.
+UNMERGEABLE = ("LILY", "SHADOW")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,22 @@ class Clients:
 
     number: int | None = setting(10, ge=1, help="clients; null: as many as the partition finds (natural)")
     per_round: int | None = setting(None, ge=1, help="clients that a round asks; null: all")
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a run leaves: a PEFT adapter, or the whole model with the weight change merged into it."""
+
+    form: str = setting("adapter", choices=["adapter", "merged"], help="a PEFT adapter, or the whole model")
+    rank: int | None = setting(None, ge=1, help="save the change's best approximation of that rank; null: all of it")
+
+    def check(self, adapter: Adapter) -> None:
+        """Raise `ConfigError` where ``adapter`` can't be saved so."""
+        if self.rank is not None and adapter.form == "other":
+            raise ConfigError("saving.rank", self.rank, "null: this adapter's change is no product of factors to cut")
+        method = str(getattr(adapter, "method", "")).upper()
+        if self.form == "merged" and method in UNMERGEABLE:
+            raise ConfigError("saving.form", "merged", f"adapter: PEFT can't merge {method}")
 
 
 @dataclass(frozen=True)
@@ -71,6 +91,7 @@ class Settings:
     evaluation: Evaluation
     tracker: Tracker
     clients: Clients
+    saving: Saving
     name: str = setting("run", help="names the run's folder")
     seed: int = setting(0, ge=0, help="every random draw comes from it")
     checkpoint_every: int = setting(1, ge=1, help="rounds between checkpoints")
@@ -87,6 +108,13 @@ class Settings:
             raise ConfigError("clients.per_round", per_round, f"at most clients.number, which is {number}")
         if number is not None:
             settings.network.check(number)
+        settings.aggregator.check(settings.adapter, settings.server_optimizer)
+        settings.local.check(settings.adapter)
+        settings.saving.check(settings.adapter)
+        if settings.model.zero_head and not settings.adapter.train_head:
+            allowed = "true: a head that starts at zero and stays there passes no gradient on"
+            raise ConfigError("adapter.train_head", False, allowed, "Or give it weights: model.head_std=0.02.")
+        settings.adapter.config(settings.adapter.target_modules or settings.model.target_modules)
         tuning.pick_device(settings.engine.device)
         settings.tracker.check()
         return settings
@@ -131,11 +159,10 @@ class Experiment:
 
     @cached_property
     def data(self) -> FederatedData:
-        """The federated data; checks the settings that depend on it, and those that the model's loading would find."""
+        """The federated data; checks the settings that depend on it."""
         s = self.settings
-        s.adapter.config(s.adapter.target_modules or s.model.target_modules)
         train, test = self.shared.data(s)
-        data = federate(train, test, s.partition, s.clients.number, s.seed, s.data.client_test_fraction)
+        data = federate(train, test, s.partition, s.clients.number, s.seed, s.data.client_test_fraction, s.data.public)
         if s.clients.per_round is not None and s.clients.per_round > len(data):
             raise ConfigError("clients.per_round", s.clients.per_round, f"at most the {len(data)} clients there are")
         s.network.check(len(data))
@@ -155,12 +182,12 @@ class Experiment:
         s = self.settings
         base = self.shared.base(s.model, self.num_labels, dtype, attention, device)
         model = s.adapter.attach(base, s.model.target_modules, s.seed)
-        return Cohort(model, base.task, device)
+        return Cohort(model, base.task, device, s.adapter.space(model))
 
-    def central(self, trainer: Trainer, vector: np.ndarray) -> dict[str, Any]:
-        """Loss and metrics of the state ``vector`` ``(d,)`` on the central test set, by ``trainer``."""
+    def central(self, trainer: Trainer, vector: np.ndarray, base: Change) -> dict[str, Any]:
+        """Loss and metrics of the state ``vector`` ``(d,)`` beside the changed base on the central test set."""
         test = self.data.test
-        scores = trainer.evaluate(vector, "test", np.arange(len(test)), self.settings.evaluation.batch_size)
+        scores = trainer.evaluate(vector, "test", np.arange(len(test)), self.settings.evaluation.batch_size, base)
         return {"examples": len(test), **numbers(scores, test.labels if self.num_labels else None)}
 
     def choose_plan(self) -> Plan:
@@ -206,7 +233,9 @@ class Experiment:
     def node(self) -> Node:
         """The node that holds all clients."""
         s = self.settings
-        return Node(self.trainer, self.data, s.local, s.attack, s.seed, self.trainer.worker.cohort.layout.hash)
+        init = s.adapter.initialisation
+        asked = init if isinstance(init, DataDriven) else None
+        return Node(self.trainer, self.data, s.local, s.attack, s.seed, self.trainer.worker.cohort.space, asked)
 
     def close(self) -> None:
         if self._trainer is not None:

@@ -18,7 +18,9 @@ class Ledger:
     rejected: Counter[str] = field(default_factory=Counter)
 
     def record(self, event: Mapping[str, Any]) -> dict[str, Any]:
-        """Add a round event, and return it with the totals so far; other events are returned as they are."""
+        """Add an event, and return it: a round's with the totals so far, others as they are."""
+        if event["event"] == "initialise":
+            self.sums.update({name: event[name] for name in ("bytes_down", "bytes_up")})
         if event["event"] != "round":
             return dict(event)
         for name in _SUMS:

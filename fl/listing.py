@@ -197,6 +197,8 @@ def _only(
 
 def _option(path: Path, chosen: Any) -> Option:
     content = _read(path)
+    if path.parent.name == "experiment":
+        content.pop("sweep", None)  # what `shoal sweep` varies; no setting of a run
     target = content.pop("_target_", None)
     settings = {k: v for k, v in _defaults(content).items() if v is not None}
     settings |= _flat({k: v for k, v in content.items() if k != "defaults"})

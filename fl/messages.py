@@ -101,6 +101,12 @@ class TrainRequest(_Request):
     kind = "train"
 
 
+class StatisticRequest(_Request):
+    """Send a statistic of some of the client's examples, which an adapter's initialisation needs (`fl.initialise`)."""
+
+    kind = "statistic"
+
+
 class EvaluateRequest(_Request):
     """Evaluate ``state`` on the client's own test set."""
 

@@ -13,12 +13,16 @@ import numpy as np
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
+from clients.adapters.initial.base import DataDriven
+from clients.adapters.space import Space
 from clients.behaviours.base import Behaviour, ReplyFields
 from clients.data.federated import FederatedData
 from clients.local.training import Fit, LocalTraining, Memory, Work
 from clients.trainer import Trainer
+from fl.downlink import Holdings
 from fl.evaluation import numbers
-from fl.messages import EvaluateReply, EvaluateRequest, MalformedMessage, TrainReply, TrainRequest
+from fl.initialise import sums
+from fl.messages import EvaluateReply, EvaluateRequest, MalformedMessage, StatisticRequest, TrainReply, TrainRequest
 
 
 @dataclass
@@ -33,15 +37,24 @@ class Remembered:
 class Node:
     """Trains and evaluates the logical clients of one Flower node.
 
-    ``layout`` is the hash of the state's layout: a request for another is refused with an error reply. ``memories``
-    holds what clients keep between their jobs; a checkpoint saves it (`memory_arrays`, `restore_memories`).
+    ``space`` is the adapter's: a request for another layout is refused with an error reply. ``holdings`` are what its
+    clients were sent, ``memories`` what they keep between their jobs; a checkpoint saves both (`arrays`, `restore`).
     """
 
     def __init__(
-        self, trainer: Trainer, data: FederatedData, local: LocalTraining, behaviour: Behaviour, seed: int, layout: str
+        self,
+        trainer: Trainer,
+        data: FederatedData,
+        local: LocalTraining,
+        behaviour: Behaviour,
+        seed: int,
+        space: Space,
+        initialisation: DataDriven | None = None,
     ):
         self.trainer, self.data, self.local, self.behaviour = trainer, data, local, behaviour
-        self.seed, self.layout = seed, layout
+        self.seed, self.space = seed, space
+        self.initialisation = initialisation
+        self.holdings = Holdings(space)
         self.memories: dict[int, Remembered] = {}
         self.affected = behaviour.affected(len(data), seed)
 
@@ -57,34 +70,63 @@ class Node:
                 requests.append((message, request))
             except MalformedMessage as error:
                 replies.append(_error(str(error), message))
-        for (message, request), fit in zip(requests, self.trainer.train(works), strict=True):
-            reply = self._reply(request, fit, message)
+        for (message, request), work, fit in zip(requests, works, self.trainer.train(works), strict=True):
+            reply = self._reply(request, work, fit, message)
             replies += [] if reply is None else [reply]
         return replies
 
-    def _work(self, request: TrainRequest) -> Work:
-        if request.layout != self.layout:
-            raise MalformedMessage("layout", f"this node's adapter has layout {self.layout}, not {request.layout:.40}")
+    def _check(self, request: TrainRequest | EvaluateRequest | StatisticRequest) -> None:
+        layout = self.space.layout.hash
+        if request.layout != layout:
+            raise MalformedMessage("layout", f"this node's adapter has layout {layout}, not {request.layout:.40}")
         if not 0 <= request.client < len(self.data):
             raise MalformedMessage("schema", f"this node holds clients 0 to {len(self.data) - 1}, not {request.client}")
+
+    def _whole(self, state: np.ndarray, client: int, train: tuple[str, ...]) -> np.ndarray:
+        """The state ``(d,)`` that a cohort trains from: ``state``, which the client holds, laid into the whole.
+
+        What does not train is in the server's scale, since the slots of a cohort share it.
+        """
+        if len(state) == self.space.layout.size and self.space.units(client) is None:
+            return state
+        own = self.space.columns(None, client)
+        whole = np.zeros(self.space.layout.size, np.float32)
+        whole[own] = self.space.lift(state, None, client)
+        mine = self.space.columns(train, client)
+        whole[mine] = state[np.searchsorted(own, mine)]
+        return whole
+
+    def _work(self, request: TrainRequest) -> Work:
+        self._check(request)
         lr = request.extra.get("lr")
         if not isinstance(lr, float):
             raise MalformedMessage("schema", f"a training request carries a learning rate lr, not {lr!r:.40}")
+        state, train, base = self.holdings.open(request.client, request.version, request.state, request.extra)
+        if not train:
+            raise MalformedMessage("schema", "a training request names the groups that train")
         kept = self.memories.get(request.client)
         memory: Memory = {}
         if kept is not None:
             memory = kept.before if kept.round == request.round else kept.after
         batches = self.local.batches(self.seed, request.client, request.round, self.data.parts[request.client])
-        return Work(request.client, request.round, request.state, batches, lr, memory)
+        start = self._whole(state, request.client, train)
+        groups = None if len(self.space.columns(train)) == self.space.layout.size else train
+        # Beside what does not train, jobs are alike if that is of one version and of clients with one rank.
+        shared = () if groups is None else (request.version, self.space.kind(request.client))
+        return Work(request.client, request.round, start, batches, lr, memory, groups, base, shared)
 
-    def _reply(self, request: TrainRequest, fit: Fit, message: Message) -> Message | None:
+    def _reply(self, request: TrainRequest, work: Work, fit: Fit, message: Message) -> Message | None:
         kept = self.memories.get(request.client)
         if fit.memory or kept is not None:
             again = kept is not None and kept.round == request.round
             before = kept.before if kept is not None and again else (kept.after if kept is not None else {})
             self.memories[request.client] = Remembered(request.round, before, fit.memory)
+        columns = self.space.columns(work.groups, request.client)
+        trained = self.space.columns(work.groups)
+        state = fit.state if len(columns) == len(trained) else fit.state[np.searchsorted(trained, columns)]
+        start = work.start if len(columns) == len(work.start) else work.start[columns]
         honest = ReplyFields(
-            request.client, request.round, request.version, request.layout, fit.state - request.state,
+            request.client, request.round, request.version, request.layout, state - start,
             len(self.data.parts[request.client]), fit.steps, fit.tokens, fit.loss,
         )  # fmt: skip
         try:
@@ -99,6 +141,37 @@ class Node:
         )  # fmt: skip
         return Message(reply.to_record(), reply_to=message)
 
+    def statistics(self, messages: Sequence[Message]) -> list[Message]:
+        """One reply each: a statistic of some of the client's examples, made private by the client where asked for."""
+        replies: list[Message] = []
+        asked: list[tuple[Message, StatisticRequest]] = []
+        for message in messages:
+            try:
+                request = StatisticRequest.from_record(message.content)
+                self._check(request)
+                if self.initialisation is None:
+                    raise MalformedMessage("schema", "this experiment's adapter needs no statistic")
+                asked.append((message, request))
+            except MalformedMessage as error:
+                replies.append(_error(str(error), message))
+        holders = [(r.client, self.data.parts[r.client]) for _, r in asked]
+        init = self.initialisation
+        found = [] if init is None else sums(init, self.trainer, "train", holders, self.seed)
+        for (message, request), (count, vector) in zip(asked, found, strict=True):
+            reply = TrainReply(
+                request.client,
+                request.round,
+                request.version,
+                request.layout,
+                vector.astype(np.float32),
+                count,
+                0,
+                0,
+                0.0,
+            )
+            replies.append(Message(reply.to_record(), reply_to=message))
+        return replies
+
     def evaluate(self, messages: Sequence[Message], batch_size: int) -> list[Message]:
         """One reply each: the client's own test set under the request's state."""
         out: list[Message] = []
@@ -111,29 +184,31 @@ class Node:
         return out
 
     def _score(self, request: EvaluateRequest, batch_size: int) -> EvaluateReply:
-        if request.layout != self.layout or not 0 <= request.client < len(self.data):
-            raise MalformedMessage("layout", f"no client {request.client} with layout {request.layout:.40} here")
+        self._check(request)
         examples = self.data.client_tests[request.client]
         if len(examples) == 0:
             return EvaluateReply(request.client, request.round, request.version, 0, 0.0)
-        scores = self.trainer.evaluate(request.state, "train", examples, batch_size)
+        state, _, base = self.holdings.open(request.client, request.version, request.state, request.extra)
+        whole = self._whole(state, request.client, ())
+        scores = self.trainer.evaluate(whole, "train", examples, batch_size, base)
         labels = self.data.train.labels if self.trainer.worker.cohort.task == "classification" else None
         found = numbers(scores, None if labels is None else labels[examples])
         loss = found.pop("loss")
         good = {k: float(v) for k, v in found.items() if v is not None}
         return EvaluateReply(request.client, request.round, request.version, len(examples), float(loss or 0.0), good)
 
-    def memory_arrays(self) -> dict[str, np.ndarray]:
-        """All clients' memories as named arrays, for a checkpoint."""
-        return {
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that clients keep as named arrays, for a checkpoint."""
+        return self.holdings.parts() | {
             f"memory/{client}/{kept.round}/{side}/{name}": array
             for client, kept in self.memories.items()
             for side, memory in (("before", kept.before), ("after", kept.after))
             for name, array in memory.items()
         }
 
-    def restore_memories(self, arrays: dict[str, np.ndarray]) -> None:
-        """Undo `memory_arrays`; other arrays are ignored."""
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Undo `arrays`; others are ignored."""
+        self.holdings.restore(arrays)
         self.memories.clear()
         for path, array in arrays.items():
             if path.startswith("memory/"):

@@ -125,8 +125,9 @@ def _go(
         from fl.saving import export
 
         assert server.world is not None
-        scores = export(experiment, server.world.server.vector, folder.path / "adapter", _card(record, resolved))
-        final = {**server.final(), **{k: v for k, v in scores.items() if k != "examples"}}
+        saved = export(experiment, server.world.server, folder.path / "adapter", _card(record, resolved))
+        final = {**server.final(), **{k: v for k, v in saved.scores.items() if k != "examples"}}
+        record["saved"] = saved.record()
         record["status"] = "completed"
     except KeyboardInterrupt as error:
         error.add_note(f"go on with `shoal run --resume {folder.path}`")
@@ -206,7 +207,7 @@ def _described(experiment: Experiment, summary: dict[str, Any]) -> dict[str, Any
     return {
         "device": environment.device_name(plan.device),
         "num_clients": len(experiment.data),
-        "trainable_parameters": cohort.layout.size,
+        "trainable_parameters": cohort.space.trainable,
         "total_parameters": frozen + cohort.layout.size,
         "engine": plan.settings(),
         "partition": summary,

@@ -13,13 +13,15 @@ from flwr.serverapp import Grid, ServerApp
 
 from fl import checkpoint, metrics
 from fl.clock import Clock
+from fl.downlink import Downlink
 from fl.errors import ConfigError, ShoalError
 from fl.experiment import Experiment
+from fl.initialise import initialise
 from fl.ledger import Ledger
-from fl.messages import EvaluateReply, EvaluateRequest, payload_bytes
+from fl.messages import EvaluateReply, payload_bytes
 from fl.progress import Progress
 from fl.records import RunFolder
-from fl.schedules.base import Event, World, shared
+from fl.schedules.base import Event, World
 from fl.state import ServerState
 from fl.trackers.tracking import Tracking
 from fl.validation import Validator
@@ -79,6 +81,9 @@ class Server:
     def _train(self, world: World) -> None:
         settings = self.experiment.settings
         if not self.restored:
+            event = initialise(world, self.experiment)
+            if event is not None:
+                self._write(self.ledger.record(event))
             self._evaluate(world, last=False)
             self._mark(world)
             self._save()
@@ -104,15 +109,22 @@ class Server:
     def _world(self, grid: Grid) -> World:
         experiment, s = self.experiment, self.experiment.settings
         cohort = experiment.trainer.worker.cohort
-        server = ServerState(cohort.initial.numpy().astype(np.float32), cohort.layout)
+        space = cohort.space
+        server = ServerState(cohort.initial.numpy().astype(np.float32), space)
         nodes = sorted(grid.get_node_ids())
         if len(nodes) != len(experiment.data):
             raise ShoalError(f"The grid has {len(nodes)} clients; the partition made {len(experiment.data)}.")
         weight = len(experiment.data.train)
-        validator = Validator(cohort.layout.hash, cohort.layout.size, s.schedule.max_update_norm, max_weight=weight)
+        validator = Validator(
+            space.layout.hash,
+            lambda request: len(space.columns(space.trains(request.round), request.client)),
+            s.schedule.max_update_norm,
+            max_weight=weight,
+        )
+        keeps = s.aggregator.stateful or space.constant or s.adapter.initialisation is not None
         return World(
             grid, nodes, s.seed, experiment.per_round, server, s.aggregator, s.server_optimizer, s.sampling, s.network,
-            s.local, validator,
+            s.local, validator, Downlink(space, keeps), s.evaluation.aggregation_error and bool(space.modules),
         )  # fmt: skip
 
     def _write(self, event: Event) -> None:
@@ -126,7 +138,7 @@ class Server:
         when, round = self.experiment.settings.evaluation, world.server.round
         common = {"round": round, "virtual_s": world.clock.now_s}
         if when.central(round, last):
-            self.newest = self.experiment.central(self.experiment.trainer, world.server.vector)
+            self.newest = self.experiment.central(self.experiment.trainer, world.server.vector, world.server.base)
             self._write({"event": "eval", **common, "split": "test", **self.newest})
         if when.per_client(round, last):
             event = self._per_client(world)
@@ -134,13 +146,9 @@ class Server:
                 self._write({"event": "eval", **common, "split": "clients", **event})
 
     def _per_client(self, world: World) -> Event | None:
-        server = shared(world.server)
-        requests = [
-            EvaluateRequest(c, server.round, server.version, server.vector, server.layout.hash)
-            for c in range(world.number)
-        ]
+        requests = [world.evaluate_request(c, world.server) for c in range(world.number)]
         replies, sent = world.ask(requests)
-        world.validator.forget(server.round + 1)
+        world.validator.forget(world.server.round + 1)
         checked = [(c, world.validator.check_evaluation(m, requests[c])) for c, m in replies]
         name = "accuracy" if self.experiment.num_labels else "perplexity"
         good = {c: r for c, r in checked if isinstance(r, EvaluateReply) and r.examples > 0 and name in r.metrics}
@@ -162,8 +170,10 @@ class Server:
     def _mark(self, world: World) -> None:
         """Note where a finished round leaves the run: everything that the rest of it depends on, for `_save`."""
         arrays, server = world.server.parts()
-        arrays |= self.experiment.node.memory_arrays()
+        downlink, sent = world.downlink.parts()
+        arrays |= self.experiment.node.arrays() | downlink
         meta = {
+            "downlink": sent,
             "kind": CHECKPOINT,
             "server": server,
             "clock": world.clock.now,
@@ -189,11 +199,14 @@ class Server:
         arrays, meta = found
         if meta.get("kind") != CHECKPOINT:
             raise ShoalError(f"{self.folder.checkpoint} is a checkpoint of another kind ({meta.get('kind')!r}).")
-        server = ServerState.from_parts(arrays, meta["server"])
-        if server.layout != world.server.layout:
-            raise ConfigError("adapter", server.layout.hash, "the checkpoint belongs to another model or adapter")
-        world.server, world.clock = server, Clock(meta["clock"])
-        self.experiment.node.restore_memories(arrays)
+        try:
+            world.server = ServerState.from_parts(arrays, meta["server"], world.server.space)
+        except ValueError as error:
+            text = "the checkpoint belongs to another model or adapter"
+            raise ConfigError("adapter", world.server.layout.hash, text) from error
+        world.clock = Clock(meta["clock"])
+        world.downlink.restore(arrays, meta["downlink"])
+        self.experiment.node.restore(arrays)
         self.ledger = Ledger.restore(meta["ledger"])
         self.newest = meta["newest"]
         self.busy_s, self._before_s = meta["busy_s"], meta["wall_s"]

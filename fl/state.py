@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from clients.adapters.base_change import Change, grow, pack, unpack
+from clients.adapters.space import Space
 from clients.layout import Layout
 
 
@@ -19,26 +21,39 @@ from clients.layout import Layout
 class ServerState:
     """The adapter that is being learnt, and what the rules that change it remember.
 
-    - ``vector`` ``(d,)`` float32: the adapter's tensors, in the order of ``layout``.
-    - ``version``: how many times ``vector`` has been changed; what a client starts from is named by it.
+    - ``vector`` ``(d,)`` float32 (float64 in tests of the algebra): the adapter's tensors, in the order of ``layout``.
+    - ``space``: what these tensors are: their groups, phases and factors.
+    - ``version``: how many times the state has been changed; what a client starts from is named by it.
     - ``round``: the last round that the schedule finished.
-    - ``optimizer``: the server optimiser's own arrays, each ``(d,)`` float64 (momentum ``m``, second moment ``v``).
+    - ``base``: what has been added to the base's own weights so far, and ``increment``: what the newest version added
+      (`folded` puts it into ``base``; an aggregation rule only states it).
+    - ``optimizer``: the server optimiser's own arrays, float64, of the columns that it moves (momentum ``m``, second
+      moment ``v``).
     - ``extra``: arrays of an aggregation rule that remembers something itself; any shape and type.
 
-    Raises ValueError if an array does not fit the layout.
+    Raises ValueError if the vector does not fit the layout.
     """
 
     vector: np.ndarray
-    layout: Layout
+    space: Space
     version: int = 0
     round: int = 0
+    base: Change = field(default_factory=dict)
+    increment: Change = field(default_factory=dict)
     optimizer: Mapping[str, np.ndarray] = field(default_factory=dict)
     extra: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require("vector", self.vector, np.float32, self.layout.size)
-        for name, array in self.optimizer.items():
-            _require(f"optimizer[{name!r}]", array, np.float64, self.layout.size)
+        if self.vector.dtype not in (np.float32, np.float64) or self.vector.shape != (self.layout.size,):
+            raise ValueError(f"vector is {self.vector.dtype} {self.vector.shape}; it has to be float32 ({self.layout.size},)")
+
+    @property
+    def layout(self) -> Layout:
+        return self.space.layout
+
+    def folded(self) -> ServerState:
+        """The state with ``increment`` added to ``base``."""
+        return self.replace(base=grow(self.base, self.increment), increment={}) if self.increment else self
 
     def replace(self, **changes: Any) -> ServerState:
         """A new state with ``changes``; the arrays that are not named are shared with this one."""
@@ -49,7 +64,9 @@ class ServerState:
         arrays = {"server/vector": self.vector}
         arrays |= {f"server/optimizer/{name}": array for name, array in self.optimizer.items()}
         arrays |= {f"server/extra/{name}": array for name, array in self.extra.items()}
+        arrays["server/base"], ranks = pack(self.base, [m.name for m in self.space.modules])
         meta = {
+            "base_ranks": ranks,
             "version": self.version,
             "round": self.round,
             "names": list(self.layout.names),
@@ -58,17 +75,28 @@ class ServerState:
         return arrays, meta
 
     @classmethod
-    def from_parts(cls, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> ServerState:
-        """The state that `parts` took apart; other arrays of the mapping are ignored."""
+    def from_parts(cls, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], space: Space) -> ServerState:
+        """The state in ``space`` that `parts` took apart; other arrays of the mapping are ignored.
+
+        Raises ValueError if it is of another layout.
+        """
+        if space.layout != Layout(tuple(meta["names"]), tuple(tuple(shape) for shape in meta["shapes"])):
+            raise ValueError("the saved state has another layout")
 
         def under(prefix: str) -> dict[str, np.ndarray]:
             return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
         return cls(
             vector=arrays["server/vector"],
-            layout=Layout(tuple(meta["names"]), tuple(tuple(shape) for shape in meta["shapes"])),
+            space=space,
             version=meta["version"],
             round=meta["round"],
+            base=unpack(
+                arrays["server/base"],
+                meta["base_ranks"],
+                [m.name for m in space.modules],
+                [space.sizes(m) for m in space.modules],
+            ),
             optimizer=under("server/optimizer/"),
             extra=under("server/extra/"),
         )
@@ -78,7 +106,9 @@ class ServerState:
 class Update:
     """One client's accepted contribution.
 
-    - ``vector`` ``(d,)`` float32: the client's adapter after training minus the one it started from.
+    - ``vector`` ``(n,)``: the client's adapter after training minus the one it started from, in the ``columns``
+      ``(n,)`` of the layout that it trained (None: all) and in the server's normal form (`Space.lift`).
+    - ``start`` ``(d,)``: the server's vector that it started from (None: the server's present one).
     - ``start_version``: the server version that it started from; ``round``: the round that asked for it.
     - ``examples``: training examples the client holds (its weight under ``weights=examples``).
     - ``sent_ticks``, ``arrived_ticks``: virtual microseconds when the work was sent out and the reply was back.
@@ -97,8 +127,5 @@ class Update:
     steps: int = 0
     tokens: int = 0
     extra: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-
-def _require(name: str, array: np.ndarray, dtype: type, size: int) -> None:
-    if array.dtype != dtype or array.shape != (size,):
-        raise ValueError(f"{name} is {array.dtype} {array.shape}; it has to be {np.dtype(dtype)} ({size},)")
+    columns: np.ndarray | None = None
+    start: np.ndarray | None = None

@@ -46,19 +46,28 @@ class Rejection:
 class Validator:
     """Checks replies against what was asked for.
 
-    ``layout`` and ``size`` describe the state (`clients.layout.Layout`: ``hash`` and ``size``); ``max_norm`` bounds the
+    ``layout`` is the hash of the state's layout, and ``size`` the scalars of an update, or a function from a request to
+    them, where clients or rounds train different tensors; ``max_norm`` bounds the
     Euclidean norm of an update (None: no bound); ``max_weight`` caps the examples that a client may claim, since an
     invented 10^9 would own the mean. A job, which is a (client, round), is answered once: its first reply counts,
     good or bad.
     """
 
-    def __init__(self, layout: str, size: int, max_norm: float | None = None, max_weight: int = 2**31 - 1):
-        self.layout, self.size, self.max_norm, self.max_weight = layout, size, max_norm, max_weight
-        self._answered: dict[str, set[tuple[int, int]]] = {"train": set(), "evaluate": set()}
+    def __init__(
+        self,
+        layout: str,
+        size: int | Callable[[TrainRequest], int],
+        max_norm: float | None = None,
+        max_weight: int = 2**31 - 1,
+    ):
+        self.layout, self.max_norm, self.max_weight = layout, max_norm, max_weight
+        self._size = size
+        self._answered: dict[str, set[tuple[int, int]]] = {"train": set(), "evaluate": set(), "statistic": set()}
 
     def check(self, reply: Message, request: TrainRequest | None, *, late: bool = False) -> TrainReply | Rejection:
         """The decoded ``reply`` to ``request`` (None: nothing was asked of this client), or why it is rejected."""
-        return self._check(reply, request, late, TrainReply.from_record, self._faults)
+        size = 0 if request is None else self._size(request) if callable(self._size) else self._size
+        return self._check(reply, request, late, TrainReply.from_record, lambda r: self._faults(r, size))
 
     def check_evaluation(
         self, reply: Message, request: EvaluateRequest | None, *, late: bool = False
@@ -98,11 +107,11 @@ class Validator:
         except Exception as error:  # the sender decides what is in a message, so anything may break
             return Rejection(Reason.SCHEMA, f"it can't be read ({type(error).__name__}: {error!s:.200})")
 
-    def _faults(self, reply: TrainReply) -> Rejection | None:
+    def _faults(self, reply: TrainReply, size: int) -> Rejection | None:
         if reply.layout != self.layout:
             return Rejection(Reason.LAYOUT, f"layout {reply.layout:.40}, expected {self.layout}")
-        if reply.update.shape != (self.size,):
-            return Rejection(Reason.SHAPE, f"{reply.update.size} numbers, expected {self.size}")
+        if reply.update.shape != (size,):
+            return Rejection(Reason.SHAPE, f"{reply.update.size} numbers, expected {size}")
         # float64: squares of float32 can't overflow it, so the norm is finite exactly if every number is.
         norm = float(np.sqrt(np.square(reply.update, dtype=np.float64).sum()))
         if not np.isfinite(norm) or not np.isfinite(reply.loss):

@@ -1,6 +1,7 @@
 """Every file under configs/: it composes, builds, can be overridden in full, and says in a line what it is."""
 
 from dataclasses import fields
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 
 from fl.compose import compose
 from fl.config import _resolve, build
-from fl.experiment import Clients, Settings
+from fl.experiment import Clients, Saving, Settings
 from fl.listing import list_groups
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -35,13 +36,15 @@ def needed(name: str, tmp_path: Path) -> list[str]:
     if name in ("data/csv", "data/jsonl", "data/parquet"):
         (tmp_path / "rows").write_text("text,label\na,b\n")
         return [f"data.path={tmp_path / 'rows'}"]
+    if name.startswith("adapter/init/") and "bra" in _resolve(read(name)["_target_"], name).form:
+        return ["adapter=lora_xs"]
     return {"data/hf": ["data.name=org/set"], "model/hf": ["model.name=org/model"]}.get(name, [])
 
 
 def test_there_are_the_groups_that_an_experiment_has():
     groups = {name.rpartition("/")[0] for name in OPTIONS}
-    parts = {f.name for f in fields(Settings)} - {"clients", "name", "seed", "checkpoint_every", "report"}
-    assert groups == parts | {"experiment", "local/optimizer"}
+    parts = {f.name for f in fields(Settings)} - {"clients", "saving", "name", "seed", "checkpoint_every", "report"}
+    assert groups == parts | {"experiment", "local/optimizer", "adapter/init"}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -77,7 +80,7 @@ def test_it_can_be_chosen_and_each_of_its_settings_set_again(name, tmp_path):
     group, _, option = name.rpartition("/")
     base = [f"{group}={option}", *needed(name, tmp_path)]
     settings = built(base)
-    part = settings.local.optimizer if group == "local/optimizer" else getattr(settings, group)
+    part = reduce(getattr, group.split("/"), settings)
     assert type(part) is _resolve(read(name)["_target_"], name)
     for key, value in read(name).items():
         if key not in ("_target_", "defaults", "path", "name") and not isinstance(value, list | dict):
@@ -116,12 +119,14 @@ def test_the_top_level_is_that_of_the_settings():
     content = read("config")
     chosen = {key for item in content["defaults"] if isinstance(item, dict) for key in item} - {"experiment"}
     assert set(content) - {"defaults", "hydra"} | chosen == {f.name for f in fields(Settings)}
-    assert set(content["clients"]) == {f.name for f in fields(Clients)}
+    blocks = {"clients": Clients, "saving": Saving}
+    for block, cls in blocks.items():
+        assert set(content[block]) == {f.name for f in fields(cls)}
+        assert build(content[block], block, cls) == cls()
     defaults = Settings.of(compose([])[0])
     for field in fields(Settings):
-        if field.name in content and field.name != "clients":
+        if field.name in content and field.name not in blocks:
             assert getattr(defaults, field.name) == field.default == content[field.name]
-    assert build(content["clients"], "clients", Clients) == Clients()
 
 
 def test_the_package_carries_every_file():

@@ -1,14 +1,16 @@
-"""What every adapter is: settings, a PEFT model made from them, and the weight change that a state stands for."""
+"""What every adapter is: settings, a PEFT model made from them, and what the tensors of its state are."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from clients.adapters.initial.base import Initialisation
+from clients.adapters.space import HEAD, LowRank, Space
+from clients.layout import Layout
 from fl.config import setting
 from fl.errors import ConfigError
 from fl.keys import seeded_globals
@@ -16,14 +18,7 @@ from fl.keys import seeded_globals
 if TYPE_CHECKING:
     from clients.models import Base
 
-
-@dataclass(frozen=True)
-class LowRank:
-    """A weight change in factored form, ``left @ right``: ``(out, r) @ (r, in)``, of the module ``name``."""
-
-    name: str
-    left: Tensor
-    right: Tensor
+__all__ = ["Adapter", "LowRank"]
 
 
 @dataclass(frozen=True)
@@ -31,13 +26,30 @@ class Adapter:
     """Base of all adapters. ``target_modules`` null takes the model's own default list."""
 
     target_modules: list[str] | None = setting(None, help="names of the modules to adapt; null: the model's default")
+    train_head: bool = setting(True, help="whether a classifier's head trains and is averaged; false: it stays random")
+
+    @property
+    def form(self) -> str:
+        """Which weight change it makes of what trains, a key of `aggregators.base.FORMS`."""
+        return "other"
+
+    @property
+    def mixed_ranks(self) -> bool:
+        """Whether clients have different ranks."""
+        return False
+
+    @property
+    def initialisation(self) -> Initialisation | None:
+        """How the server makes the start of the factors; None: they start as PEFT makes them."""
+        return None
 
     def config(self, targets: list[str]) -> Any:
         """The ``peft.PeftConfig`` of these settings, for the modules ``targets``."""
         raise TypeError(f"{type(self).__name__} has no PEFT configuration")
 
     def attach(self, base: Base, targets: list[str], seed: int) -> nn.Module:
-        """``base`` with the adapter, as a ``PeftModel``: adapter tensors and the head train, all else is frozen.
+        """``base`` with the adapter, as a ``PeftModel``: adapter tensors and the head require gradients, all else is
+        frozen.
 
         The initial tensors come from the key (seed, "adapter") alone. Raises `ConfigError` where PEFT refuses.
         """
@@ -48,7 +60,7 @@ class Adapter:
         name = str(config.peft_type.value)
         if config.is_prompt_learning:
             raise ConfigError("adapter", name, "a PEFT method that adapts layers, which prompt learning does not")
-        if base.head is not None:
+        if base.head is not None and self.train_head:
             if not hasattr(config, "modules_to_save"):
                 raise ConfigError("adapter", name, "on a classifier: a PEFT method that can train a head beside it")
             config.modules_to_save = sorted({*(config.modules_to_save or []), base.head})
@@ -75,6 +87,12 @@ class Adapter:
         model.eval()
         return model
 
-    def delta(self, model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[LowRank]:
-        """The weight change of each adapted module under ``state`` (canonical names), factored."""
-        raise TypeError(f"{type(self).__name__} does not state its weight change in factored form")
+    def space(self, model: nn.Module) -> Space:
+        """What the trainable tensors of ``model``, which `attach` made, are."""
+        layout = Layout.of({n: p for n, p in model.named_parameters() if p.requires_grad})
+        return Space(layout, tuple(HEAD if is_head(n) else "adapter" for n in layout.names))
+
+
+def is_head(name: str) -> bool:
+    """Whether the tensor ``name`` belongs to a module that PEFT trains whole."""
+    return ".modules_to_save." in name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,15 @@ from fl.keys import generator
 @dataclass(eq=False)
 class FederatedData:
     """``train`` and the central ``test``; client i trains on ``train[parts[i]]`` and is tested on
-    ``train[client_tests[i]]``, which may be empty. ``client_names`` are those of natural clients."""
+    ``train[client_tests[i]]``, which may be empty; ``train[public]`` is nobody's secret, and the server's.
+    ``client_names`` are those of natural clients."""
 
     train: TokenData
     test: TokenData
     parts: list[np.ndarray]
     client_tests: list[np.ndarray]
     client_names: list[str] | None = None
+    public: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -50,15 +52,24 @@ def federate(
     num_clients: int | None,
     seed: int,
     client_test_fraction: float,
+    public: int = 0,
 ) -> FederatedData:
-    """Deal ``train`` out by ``partition``, then hold out ``client_test_fraction`` of each client's samples.
+    """Set ``public`` samples of ``train`` aside, deal the rest out by ``partition``, then hold out
+    ``client_test_fraction`` of each client's samples.
 
     The draws are those of ``seed``, the run's. A client with a positive fraction and two samples or more holds out at
     least one and trains on at least one. Raises `ConfigError`.
     """
     if not 0 <= client_test_fraction < 1:
         raise ConfigError("data.client_test_fraction", client_test_fraction, "a number >= 0 and < 1")
-    held = partition.split(train.labels, train.groups, len(train), num_clients, generator(seed, "partition"))
+    if public >= len(train):
+        raise ConfigError("data.public", public, f"fewer than the {len(train)} training samples")
+    order = generator(seed, "public").permutation(len(train)) if public else np.arange(len(train))
+    aside, rest = np.sort(order[:public]), np.sort(order[public:])
+    labels = None if train.labels is None else train.labels[rest]
+    groups = None if train.groups is None else train.groups[rest]
+    split = partition.split(labels, groups, len(rest), num_clients, generator(seed, "partition"))
+    held = [rest[samples] for samples in split]
     parts, client_tests = [], []
     for client, samples in enumerate(held):
         count = round(client_test_fraction * len(samples))
@@ -67,7 +78,7 @@ def federate(
         order = generator(seed, "client-test", client).permutation(samples)
         parts.append(np.sort(order[count:]))
         client_tests.append(np.sort(order[:count]))
-    return FederatedData(train, test, parts, client_tests, _names(train, held) if partition.natural else None)
+    return FederatedData(train, test, parts, client_tests, _names(train, held) if partition.natural else None, aside)
 
 
 def _names(train: TokenData, held: list[np.ndarray]) -> list[str]:

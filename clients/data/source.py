@@ -35,6 +35,7 @@ class Source(ABC):
     max_test: int | None = setting(None, ge=1, help="test samples at most; null is all")
     test_fraction: float = setting(0.2, gt=0, lt=1, help="share of the samples for the central test set")
     client_test_fraction: float = setting(0.1, ge=0, lt=1, help="share of each client's samples held out to test it")
+    public: int = setting(0, ge=0, help="training samples set aside as public data, which the server holds")
     split_seed: int = setting(0, ge=0, help="seed of the split and of the draws above, apart from the run's seed")
 
     @abstractmethod
@@ -60,7 +61,9 @@ class Source(ABC):
         `ConfigError` if the source doesn't suit the model, `ShoalError` if it can't be read.
         """
         tokenizer = spec.tokenizer()
-        settings = {k: v for k, v in asdict(self).items() if k not in ("client_test_fraction", "path", "test_path")}
+        settings = {
+            k: v for k, v in asdict(self).items() if k not in ("client_test_fraction", "public", "path", "test_path")
+        }
         key = digest(FORMAT, type(self).__name__, settings, self.origin(), spec.task, tokenizer_id(tokenizer))
         folder = cache_root() / "tokens" / key
         stored_folder(folder, lambda out: self._make(out, tokenizer, spec.task, key))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from clients.cohort import Cohort
 from clients.local.training import LocalTraining
 from fl.config import setting
 
@@ -20,5 +21,5 @@ class FedProx(LocalTraining):
 
     mu: float = setting(0.01, ge=0, help="strength of the pull towards the start state")
 
-    def direction(self, params: Tensor, grads: Tensor, start: Tensor) -> Tensor:
+    def direction(self, params: Tensor, grads: Tensor, start: Tensor, cohort: Cohort) -> Tensor:
         return grads.add_(params - start, alpha=self.mu)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from clients.adapters.base_change import Change
 from clients.cohort import Cohort, CohortBatch
 from clients.local.optimizers import AdamW, Optimizer
 from fl.config import setting
@@ -24,6 +26,8 @@ class Work:
     """One client's job: from ``start`` ``(d,)``, train on the examples of ``batches`` (one array of indices a step).
 
     ``round`` is the round (or version) that the job belongs to; ``memory`` is what the client kept from its last job.
+    Only the tensors of ``groups`` train (None: all); ``base`` is added to the base's own weights. Jobs are trained
+    together only if their ``shared`` is equal: it names the version of what does not train.
     """
 
     client: int
@@ -32,11 +36,15 @@ class Work:
     batches: list[np.ndarray]
     lr: float
     memory: Memory = field(default_factory=dict)
+    groups: tuple[str, ...] | None = None
+    base: Change | int = field(default_factory=dict)  # a number names one that the worker holds (`Worker.hold`)
+    shared: tuple[int, ...] = ()
 
 
 @dataclass
 class Fit:
-    """What a job gives: the new state ``(d,)``, the mean loss over its steps, the work done, the memory to keep."""
+    """What a job gives: the new state ``(n,)`` of the tensors that trained, whole, the mean loss over its steps, the
+    work done, the memory to keep."""
 
     client: int
     state: np.ndarray
@@ -115,9 +123,24 @@ class LocalTraining:
             return self.lr * self.lr_gamma ** ((round - 1) // self.lr_step_rounds)
         return self.lr
 
-    def direction(self, params: Tensor, grads: Tensor, start: Tensor) -> Tensor:
-        """The gradient that the optimiser sees, from the plain one; all ``(S, d)``. Algorithms change this."""
+    def gradient(
+        self, cohort: Cohort, params: Tensor, batch: CohortBatch, works: Sequence[Work], step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Losses ``(S,)`` and gradients ``(S, d)`` of one step: where an algorithm evaluates them is its own affair.
+
+        ``works`` are the slots' jobs; ``step`` counts from 0. Whatever is drawn comes from a key that names these.
+        """
+        return cohort.gradients(params, batch, self.accumulation)
+
+    def direction(self, params: Tensor, grads: Tensor, start: Tensor, cohort: Cohort) -> Tensor:
+        """What the optimiser sees, from the gradient; all ``(S, d)`` in ``cohort.layout``. Algorithms change this."""
         return grads
+
+    def after_step(self, params: Tensor, lr: Tensor, cohort: Cohort) -> None:
+        """Change ``params`` ``(S, d)`` in place after an optimiser step: a proximal step, a projection."""
+
+    def check(self, adapter: Any) -> None:
+        """Raise `ConfigError` where this algorithm can't train ``adapter`` (`clients.adapters.base.Adapter`)."""
 
     def fit(self, cohort: Cohort, works: Sequence[Work], make_batch: MakeBatch) -> list[Fit]:
         """Train one cohort: ``works`` in order of falling number of steps, so that the active slots are a prefix.
@@ -137,11 +160,12 @@ class LocalTraining:
             active = sum(c > step for c in counts)
             batch = make_batch(range(active), step)
             now = params[:active]
-            loss, grads = cohort.gradients(now, batch, self.accumulation)
-            grads = self.direction(now, grads, start[:active])
+            loss, grads = self.gradient(cohort, now, batch, works[:active], step)
+            grads = self.direction(now, grads, start[:active], cohort)
             if self.clip_norm is not None:
                 grads = clip_rows(grads, self.clip_norm)
             self.optimizer.step(now, grads, {k: v[:active] for k, v in state.items()}, step + 1, lr[:active])
+            self.after_step(now, lr[:active], cohort)
             losses[:active] += loss
             real = (batch.attention_mask.sum(-1) * (batch.weights > 0)).sum(1).tolist()
             for slot in range(active):

@@ -42,11 +42,19 @@ class ModelSpec(ABC):
     prefix_cache: str = setting(
         "auto", choices=["auto", "always", "never"], help="compute the layers below the first adapter once"
     )
+    head_std: float = setting(
+        0.0, ge=0, help="standard deviation of the weights of a new linear head; 0: it starts at zero"
+    )
 
     @property
     @abstractmethod
     def task(self) -> str:
         """``classification`` or ``causal_lm``."""
+
+    @property
+    def zero_head(self) -> bool:
+        """Whether a new head starts at zero, and so passes no gradient on until it has been trained."""
+        return self.task == CLASSIFICATION and self.head_std == 0
 
     @property
     @abstractmethod

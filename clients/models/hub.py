@@ -44,6 +44,10 @@ class HubModel(ModelSpec):
         return str(Path(name).expanduser()) if is_folder(name) else name
 
     @property
+    def zero_head(self) -> bool:
+        return self.pooling == "mean" and super().zero_head
+
+    @property
     def target_modules(self) -> list[str]:
         kind = load_config(self.where, self.revision).model_type
         names = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
@@ -91,7 +95,8 @@ class HubModel(ModelSpec):
             module = load_weights(AutoModelForCausalLM, self.where, **options)
         elif self.pooling == "mean":
             count, head = label_count(num_labels), "classifier"
-            module = PooledClassifier(load_weights(AutoModel, self.where, **options), count)
+            encoder = load_weights(AutoModel, self.where, **options)
+            module = PooledClassifier(encoder, count, self.head_std, seed)
         else:
             count = label_count(num_labels)
             # transformers draws a new head from torch's global generator.

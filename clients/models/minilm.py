@@ -53,7 +53,7 @@ class MiniLM(ModelSpec):
         where = folder()
         verify(where / "model.safetensors", SHA256)
         encoder = load_weights(AutoModel, str(where), dropout=self.dropout, dtype=dtype, attention=attention)
-        module = PooledClassifier(encoder, count).to(device=device, dtype=dtype)
+        module = PooledClassifier(encoder, count, self.head_std, seed).to(device=device, dtype=dtype)
         name = "sentence-transformers/all-MiniLM-L6-v2"
         return frozen(self, module, self.tokenizer(), "classifier", name, seed, count)
 

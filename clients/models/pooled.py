@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+from fl.keys import torch_generator
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -21,13 +24,14 @@ def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 class PooledClassifier(nn.Module):
-    """``classifier(masked_mean(backbone(input_ids)))``, with a head that starts at zero.
+    """``classifier(masked_mean(backbone(input_ids)))``, with a head of weights N(0, std^2) and zero biases.
 
-    A zero head gives every class the same probability at the start whatever the seed, as in the linear-probe
-    literature, and its first gradient doesn't depend on a random head.
+    A zero head (``std`` 0) gives every class the same probability at the start whatever the seed, as in the
+    linear-probe literature, and its first gradient doesn't depend on a random head. But until it has moved, no gradient
+    reaches the layers below. The draw comes from the key (``seed``, "head").
     """
 
-    def __init__(self, backbone: nn.Module, num_labels: int):
+    def __init__(self, backbone: nn.Module, num_labels: int, std: float = 0.0, seed: int = 0):
         super().__init__()
         self.backbone = backbone
         config: Any = backbone.config
@@ -35,7 +39,8 @@ class PooledClassifier(nn.Module):
         self.config = config
         # nn.Linear alone would draw from the global generator.
         self.classifier = nn.utils.skip_init(nn.Linear, config.hidden_size, num_labels)
-        nn.init.zeros_(self.classifier.weight)
+        drawn = std * torch.randn(self.classifier.weight.shape, generator=torch_generator(seed, "head"))
+        self.classifier.weight.data.copy_(drawn)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(

@@ -103,7 +103,7 @@ class Shape(ModelSpec):
             encoder = from_config(AutoModel, config, seed, add_pooling_layer=False, **options)
         except ValueError as error:
             raise ConfigError("model.config", self.config, one_line(error)) from error
-        module = PooledClassifier(encoder, count).to(device=device, dtype=dtype)
+        module = PooledClassifier(encoder, count, self.head_std, seed).to(device=device, dtype=dtype)
         return frozen(self, module, tokenizer, "classifier", name, seed, count)
 
     def _configuration(self, tokenizer: Any) -> Any:

@@ -67,7 +67,7 @@ class TinyEncoder(ModelSpec):
         embeddings: Any = encoder.embeddings
         for table in (embeddings.position_embeddings, embeddings.token_type_embeddings):
             table.weight.data.mul_(0.1)
-        module = PooledClassifier(encoder, count).to(device=device, dtype=dtype)
+        module = PooledClassifier(encoder, count, self.head_std, seed).to(device=device, dtype=dtype)
         return frozen(self, module, tokenizer, "classifier", "shoal/tiny-encoder", seed, count)
 
 

@@ -207,12 +207,15 @@ def _reply_to(request: Metadata, content: Content) -> Message:
     return make_message(metadata, content=content)
 
 
-def cohort_app(train: Handler, evaluate: Handler | None = None, remember: int = 4) -> ClientApp:
+def cohort_app(
+    train: Handler, evaluate: Handler | None = None, query: Handler | None = None, remember: int = 4
+) -> ClientApp:
     """The ClientApp of a node under a `CohortGrid`: gives all messages that came together to one call.
 
-    ``train`` and ``evaluate`` get the clients' messages (``metadata.dst_node_id`` is `node_id` of the client) and the
-    node's context, and return a reply to each, made with ``Message(content or Error, reply_to=message)``, in any
-    order; a client without one gets an error. If the call raises, Flower answers for the node, so for every client.
+    ``train``, ``evaluate`` and ``query`` get the clients' messages (``metadata.dst_node_id`` is `node_id` of the
+    client) and the node's context, and return a reply to each, made with ``Message(content or Error,
+    reply_to=message)``, in any order; a client without one gets an error. If the call raises, Flower answers for the
+    node, so for every client.
 
     Flower may deliver a message twice over a network. The last ``remember`` replies are kept by run and message id and
     sent again instead of running twice. Within a process (``join`` off) a message comes once and nothing is kept.
@@ -238,6 +241,8 @@ def cohort_app(train: Handler, evaluate: Handler | None = None, remember: int = 
     register(app.train, train)  # type: ignore[arg-type]
     if evaluate is not None:
         register(app.evaluate, evaluate)  # type: ignore[arg-type]
+    if query is not None:
+        register(app.query, query)  # type: ignore[arg-type]
     return app
 
 

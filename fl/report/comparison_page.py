@@ -19,6 +19,7 @@ from fl.report.style import SERIES, Picture
 from fl.report.tables import counted, headline_keys
 
 MOST_PARTITIONS = 6
+MOST_ROWS = 40
 
 
 def comparison_page(found: Collection, out: Path) -> tuple[str, list[Picture]]:
@@ -29,18 +30,18 @@ def comparison_page(found: Collection, out: Path) -> tuple[str, list[Picture]]:
     final = final_picture(groups, key) if key else None
     curves = comparison_curves(groups)
     clients = client_quantiles(groups)
-    partitions = _partitions(groups)
+    partitions = partitions_of(groups)
     body = [
         _header(found, groups),
         _banners(found, groups),
         _tiles(found.runs, groups, key),
         _table_card(groups, key),
-        _curves_card(groups, curves),
-        _outcome_cards(key, final, clients, partitions),
-        _runs_card(found, metric, out),
-        _everything_card(groups),
-        _privacy_card(groups),
-        settings_card(found.runs[0], _common(found.runs), title="What the runs share"),
+        curves_card(groups, curves),
+        outcome_cards(key, final, clients, partitions),
+        runs_card(found, metric, out),
+        everything_card(groups),
+        privacy_by_setting(groups),
+        settings_card(found.runs[0], common_settings(found.runs), title="What the runs share"),
         footer(found.runs[0], (found.sweep or out.parent).resolve()),
     ]
     pictures = [picture for _, some in curves for picture in some]
@@ -54,18 +55,22 @@ _CLIENTS = (
 )
 
 
-def _outcome_cards(
-    key: str | None, final: Picture | None, clients: Picture | None, partitions: Sequence[Picture]
+def outcome_cards(
+    key: str | None,
+    final: Picture | None,
+    clients: Picture | None,
+    partitions: Sequence[Picture],
+    what: str = "setting",
 ) -> Markup:
     """Cards of what came out; those with one figure stand side by side."""
     small: list[Markup] = []
     large: list[Markup] = []
     if final is not None and key:
-        small.append(card(f"{describe(key).label} by setting", figure(final), note=_DOTS))
+        small.append(card(f"{describe(key).label} by {what}", figure(final), note=_DOTS))
     if clients is not None:
         small.append(card("How evenly clients are served", figure(clients), note=_CLIENTS))
     if len(partitions) == 1:
-        one = card("Who holds what", figure(partitions[0]), note="The same for all settings; the first run's seed.")
+        one = card("Who holds what", figure(partitions[0]), note=f"The same for all {what}s; the first run's seed.")
         (large if partitions[0].wide else small).append(one)
     elif partitions:
         shown = tag("div", *[figure(p) for p in partitions], class_="figures")
@@ -112,7 +117,7 @@ def _banners(found: Collection, groups: Sequence[Group]) -> Markup:
 
 def _tiles(runs: Sequence[Run], groups: Sequence[Group], key: str | None) -> Markup:
     tiles = []
-    best = _best(groups, key) if key else None
+    best = best_group(groups, key) if key else None
     if key and best is not None:
         _, mean, std = best.statistics(key)
         label = f"Best {describe(key).label.lower()}"
@@ -128,7 +133,7 @@ def _tiles(runs: Sequence[Run], groups: Sequence[Group], key: str | None) -> Mar
     return tag("dl", *tiles, class_="tiles")
 
 
-def _best(groups: Sequence[Group], key: str) -> Group | None:
+def best_group(groups: Sequence[Group], key: str) -> Group | None:
     known = [(item.statistics(key)[1], item) for item in groups]
     ranked = [(mean, item) for mean, item in known if mean is not None]
     if not ranked:
@@ -146,7 +151,7 @@ def _table(groups: Sequence[Group], keys: Sequence[str], short: bool, best: str 
     settings = list(groups[0].values)
     head = [*(settings or ["experiment"]), "n"]
     head += [(describe(k).short if short else "") or describe(k).label for k in keys]
-    top = _best(groups, best) if best and len(groups) > 1 else None
+    top = best_group(groups, best) if best and len(groups) > 1 else None
     rows = []
     for item in groups:
         swatch = tag("span", class_="swatch", style=f"background:var(--c{item.index % len(SERIES)})")
@@ -159,16 +164,17 @@ def _table(groups: Sequence[Group], keys: Sequence[str], short: bool, best: str 
     return table(head, rows, right_from=max(1, len(settings)))
 
 
-def _curves_card(groups: Sequence[Group], curves: Any) -> Markup | None:
+def curves_card(groups: Sequence[Group], curves: Any, *more: Markup) -> Markup | None:
+    """Curves of the groups, one tab a horizontal axis, and what else belongs below them."""
     if not curves:
         return None
     views = [(axis.key, axis.tab, tag("div", *[figure(p) for p in some], class_="figures")) for axis, some in curves]
     several = any(len(item.curves) > 1 for item in compared(groups))
     note = "Lines are means over seeds, bands reach from the lowest to the highest seed." if several else ""
-    return card("Training", tabs("Horizontal axis", views), note=note)
+    return card("Training", tabs("Horizontal axis", views), *more, note=note)
 
 
-def _partitions(groups: Sequence[Group]) -> list[Picture]:
+def partitions_of(groups: Sequence[Group]) -> list[Picture]:
     """One partition a group, where groups are few and their partitions differ; one where they are all alike."""
     first = [item.runs[0] for item in groups if item.runs[0].partition.get("sizes")]
     if not first:
@@ -184,7 +190,8 @@ def _partitions(groups: Sequence[Group]) -> list[Picture]:
     return [p for p in pictures if p is not None]
 
 
-def _runs_card(found: Collection, metric: str, out: Path) -> Markup:
+def runs_card(found: Collection, metric: str, out: Path) -> Markup:
+    """Every run with its numbers, and a link to its own report where it has one; folded where runs are many."""
     groups = group(found.runs)
     rows = []
     for item in groups:
@@ -198,17 +205,21 @@ def _runs_card(found: Collection, metric: str, out: Path) -> Markup:
             numbers = [write(k, run.numbers.get(k)) for k in (metric, "loss", "wall_s")]
             rows.append([name, *values, show(run.seed), status(run), *numbers])
     head = ["run", *groups[0].values, "seed", "status", metric, "loss", "wall time"]
-    return card("Runs", table(head, rows, right_from=len(groups[0].values) + 3))
+    listed = table(head, rows, right_from=len(groups[0].values) + 3)
+    if len(rows) > MOST_ROWS:
+        listed = tag("details", tag("summary", f"All {len(rows)} runs"), listed)
+    return card("Runs", listed)
 
 
-def _everything_card(groups: Sequence[Group]) -> Markup:
+def everything_card(groups: Sequence[Group]) -> Markup:
+    """Every final number of every group, folded."""
     keys = in_order({key for item in groups for run in item.runs for key in run.numbers})
     head = ["mean ± standard deviation", *[item.label for item in groups]]
     rows = [[describe(key).label, *[spread(key, *item.statistics(key)[1:]) for item in groups]] for key in keys]
     return card("All final numbers", tag("details", tag("summary", "Every number of every setting"), table(head, rows)))
 
 
-def _privacy_card(groups: Sequence[Group]) -> Markup:
+def privacy_by_setting(groups: Sequence[Group]) -> Markup:
     """What is promised: one statement where all runs make the same, else each setting's own."""
     stated = {item.label: str(item.runs[0].info.get("privacy") or DASH) for item in groups}
     if len({str(run.info.get("privacy")) for item in groups for run in item.runs}) == 1:
@@ -216,7 +227,7 @@ def _privacy_card(groups: Sequence[Group]) -> Markup:
     return card("Privacy", table(("setting", "promise"), stated.items(), right_from=2), class_="card privacy")
 
 
-def _common(runs: Sequence[Run]) -> dict[str, Any]:
+def common_settings(runs: Sequence[Run]) -> dict[str, Any]:
     """Settings that all runs share."""
     first = runs[0].settings
     shared = {}

@@ -20,14 +20,17 @@ DEFAULT = "(default)"
 
 @dataclass
 class Group:
-    """Runs that share the varied settings ``values`` (key -> value)."""
+    """Runs that share the varied settings ``values`` (key -> value); ``name`` is what to call them, if not by these."""
 
     values: dict[str, Any]
     runs: list[Run]
     index: int = 0
+    name: str = ""
 
     @property
     def label(self) -> str:
+        if self.name:
+            return self.name
         if not self.values:
             return self.runs[0].experiment
         if len(self.values) == 1:
@@ -116,14 +119,14 @@ def group(runs: Sequence[Run]) -> list[Group]:
         values = {key: column[i] for key, column in table.items()}
         key = tuple(show(v) for v in values.values())
         found.setdefault(key, Group(values, [])).runs.append(run)
-    ordered = sorted(found.values(), key=lambda g: [_rank(v) for v in g.values.values()])
+    ordered = sorted(found.values(), key=lambda g: [rank(v) for v in g.values.values()])
     for index, item in enumerate(ordered):
         item.index = index
-        item.runs.sort(key=lambda run: _rank(run.seed))
+        item.runs.sort(key=lambda run: rank(run.seed))
     return ordered
 
 
-def _rank(value: Any) -> tuple[int, float, str]:
+def rank(value: Any) -> tuple[int, float, str]:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return (0, float(value), "")
     return (1, 0.0, show(value))

@@ -25,6 +25,10 @@ def write_report(folders: Sequence[Path | str], out: Path | str) -> Path:
         path = path / "report.html"
     if len(found.runs) == 1 and found.sweep is None:
         text, pictures = _single(found.runs[0])
+    elif found.about.get("variants") and any(run.variant for run in found.runs):
+        from fl.report.variants_page import variants_page
+
+        text, pictures = variants_page(found, path)
     else:
         from fl.report.comparison_page import comparison_page
 

@@ -23,7 +23,8 @@ Event = dict[str, Any]
 class Run:
     """One run: ``info`` is run.json; ``rounds``, ``clients``, ``tests`` and ``client_tests`` are its events in order.
 
-    ``axes`` holds what a sweep set for this run (empty outside a sweep); ``skipped_lines`` counts unreadable lines.
+    ``axes`` holds what a sweep set for this run (empty outside a sweep), ``variant`` which of the sweep's variants it
+    is (None where there are none); ``skipped_lines`` counts unreadable lines.
     """
 
     folder: Path
@@ -34,6 +35,7 @@ class Run:
     client_tests: list[Event] = field(default_factory=list)
     axes: dict[str, Any] = field(default_factory=dict)
     skipped_lines: int = 0
+    variant: str | None = None
 
     @property
     def experiment(self) -> str:
@@ -118,12 +120,16 @@ class Run:
 
 @dataclass
 class Collection:
-    """Several runs read together; ``missing`` names folders of a sweep that hold no run, with the reason."""
+    """Several runs read together; ``missing`` names folders of a sweep that hold no run, with the reason.
+
+    ``about`` is what sweep.json says of the sweep; it has ``variants`` where the sweep compares variants.
+    """
 
     title: str
     runs: list[Run]
     sweep: Path | None = None
     missing: list[tuple[str, str]] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def number(value: Any) -> float | None:
@@ -176,10 +182,13 @@ def load_all(folders: Sequence[Path | str]) -> Collection:
     runs: list[Run] = []
     missing: list[tuple[str, str]] = []
     sweep: Path | None = None
+    about: dict[str, Any] = {}
     for folder in (Path(f) for f in folders):
         if (folder / "sweep.json").is_file():
-            sweep = folder if len(folders) == 1 else None
-            _load_sweep(folder, runs, missing)
+            content = _read_json(folder / "sweep.json")
+            if len(folders) == 1:
+                sweep, about = folder, {k: v for k, v in content.items() if k != "runs"}
+            _load_sweep(folder, content, runs, missing)
         elif is_run(folder):
             runs.append(load_run(folder))
         else:
@@ -192,18 +201,24 @@ def load_all(folders: Sequence[Path | str]) -> Collection:
         reasons = "; ".join(f"{name}: {why}" for name, why in missing)
         raise ShoalError(f"{folders[0]} holds no run to report ({reasons or 'it is empty'}).")
     names = list(dict.fromkeys(run.experiment for run in unique))
-    return Collection(" / ".join(names[:4]) + (" ..." if len(names) > 4 else ""), unique, sweep, missing)
+    return Collection(" / ".join(names[:4]) + (" ..." if len(names) > 4 else ""), unique, sweep, missing, about)
 
 
-def _load_sweep(folder: Path, runs: list[Run], missing: list[tuple[str, str]]) -> None:
-    for job in _read_json(folder / "sweep.json").get("runs") or []:
+def _load_sweep(folder: Path, content: dict[str, Any], runs: list[Run], missing: list[tuple[str, str]]) -> None:
+    for job in content.get("runs") or []:
         name = str(_mapping(job).get("dir", ""))
         try:
             run = load_run(folder / name)
         except ShoalError:
-            missing.append((name, "it left no run.json and no metrics.jsonl"))
+            which = [job["variant"]] if job.get("variant") else []
+            which += [f"{k}={v}" for k, v in _mapping(job.get("overrides")).items()]
+            shown = f" ({', '.join(which)})" if which else ""
+            missing.append((name, f"it left no run.json and no metrics.jsonl{shown}"))
             continue
         run.axes = {str(k): plain(v) for k, v in _mapping(job.get("overrides")).items()}
+        if isinstance(job.get("variant"), str):
+            run.variant = job["variant"]
+            run.axes = {"variant": run.variant, **run.axes}
         runs.append(run)
 
 

@@ -152,6 +152,8 @@ h3{margin:16px 0 4px;font-size:15px}
 .note{margin:0 0 10px;color:var(--muted);font-size:14px;max-width:100ch}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:18px 26px;
   align-items:start;margin-top:12px}
+ul.note{margin:14px 0 0;padding-left:20px}
+table.variants th{white-space:nowrap}
 figure{margin:0;min-width:0}
 figure.wide{grid-column:1/-1}
 figcaption{color:var(--muted);font-size:13px;margin-top:4px}

@@ -20,7 +20,7 @@ from fl.report.curves import (
 from fl.report.groups import Group
 from fl.report.load import Run, number
 from fl.report.numbers import write
-from fl.report.style import MUTED, Canvas, Picture, canvas, clean, line_style
+from fl.report.style import MUTED, Canvas, Picture, canvas, clean, line_style, log_scale
 
 MOST_LINES = 12  # more groups than this are too many lines for one figure: the best are drawn
 MOST_TIPS = 150
@@ -147,7 +147,7 @@ def _limits(c: Canvas, curves: Sequence[Curve], key: str, axis: Axis) -> None:
     c.axes.set_xlim(-0.015 * end if end > 0 else -0.5, end * 1.03 if end > 0 else 0.5)
     pad = 0.08 * (high - low) or max(abs(high) * 0.05, 0.05)
     if key == "perplexity" and low > 0 and high / low > 20:
-        c.axes.set_yscale("log")
+        log_scale(c.axes)
     elif key == "accuracy":
         c.axes.set_ylim(max(low - pad, -2.0), min(high + pad, 102.0))
     else:

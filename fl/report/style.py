@@ -191,6 +191,21 @@ def line_style(index: int) -> dict[str, Any]:
     }
 
 
+def log_scale(axes: Axes) -> None:
+    """A vertical log axis whose ticks read 0.01 or 1e-8: matplotlib's own are TeX, which is not parsed here."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    def label(value: float, _: int) -> str:
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e") if value < 1e-3 else f"{value:g}"
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    short = high < 100 * low  # less than two decades have too few powers of ten to read values off
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if short else (1.0,), numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(label))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def clean(text: Any, longest: int = 32) -> str:
     """A label that can be drawn: no control characters, cut in the middle when it is too long."""
     shown = "".join(c if c.isprintable() else " " for c in str(text))

@@ -19,13 +19,15 @@ from aggregators.base import Aggregator, ServerOptimizer
 from clients.local.training import LocalTraining
 from fl.clock import Clock
 from fl.config import setting
-from fl.messages import EvaluateRequest, TrainRequest, freeze, payload_bytes
+from fl.downlink import Downlink
+from fl.messages import EvaluateRequest, StatisticRequest, TrainReply, TrainRequest, payload_bytes
 from fl.network import Network
 from fl.sampling import Sampling
-from fl.state import ServerState
+from fl.state import ServerState, Update
 from fl.validation import Validator
 
 Event = dict[str, Any]
+MESSAGE_TYPE = {"train": "train", "evaluate": "evaluate", "statistic": "query"}  # Flower's types of messages
 
 
 @dataclass
@@ -43,6 +45,8 @@ class World:
     network: Network
     local: LocalTraining
     validator: Validator
+    downlink: Downlink
+    measure_error: bool = False  # compare each new version's weight change with the mean of the clients'
     clock: Clock = field(default_factory=Clock)
 
     @property
@@ -50,11 +54,33 @@ class World:
         return len(self.nodes)
 
     def train_request(self, client: int, round: int, lr: float, server: ServerState) -> TrainRequest:
-        """The request to train ``server``'s state; all requests made from one state share its bytes."""
-        return TrainRequest(client, round, server.version, server.vector, server.layout.hash, {"lr": lr})
+        """The request to train ``server``'s state in ``round``, with what ``client`` does not hold of it."""
+        state, header = self.downlink.request(server, client, server.space.trains(round))
+        return TrainRequest(client, round, server.version, state, server.layout.hash, {"lr": lr, **header})
+
+    def evaluate_request(self, client: int, server: ServerState) -> EvaluateRequest:
+        """The request to evaluate ``server``'s state on the client's own test set."""
+        state, header = self.downlink.request(server, client, None)
+        return EvaluateRequest(client, server.round, server.version, state, server.layout.hash, header)
+
+    def update(self, reply: TrainReply, server: ServerState, sent: int, arrived: int) -> Update:
+        """The accepted ``reply`` to a request made from ``server``, as aggregation rules see it; times are ticks."""
+        space, groups = server.space, server.space.trains(reply.round)
+        columns = space.columns(groups, reply.client)
+        vector = space.lift(reply.update, groups, reply.client)
+        return Update(
+            reply.client, reply.round, reply.version, vector, reply.examples, sent, arrived, reply.loss, reply.steps,
+            reply.tokens, columns=None if len(columns) == space.layout.size else columns, start=server.vector,
+        )  # fmt: skip
+
+    def accept(self, old: ServerState, new: ServerState) -> ServerState:
+        """``new`` with its increment folded into the base, known to the downlink as what follows ``old``."""
+        folded = new.folded()
+        self.downlink.note(old, folded, new.increment)
+        return folded
 
     def ask(
-        self, requests: Sequence[TrainRequest | EvaluateRequest]
+        self, requests: Sequence[TrainRequest | EvaluateRequest | StatisticRequest]
     ) -> tuple[list[tuple[int, Message]], dict[int, int]]:
         """Send the requests and wait for the replies: (client, reply) as they came, and the bytes sent to each client.
 
@@ -65,7 +91,7 @@ class World:
         records = [r.to_record() for r in requests]
         sent = {r.client: payload_bytes(record) for r, record in zip(requests, records, strict=True)}
         messages = [
-            Message(record, self.nodes[r.client], r.kind, group_id=str(r.round))
+            Message(record, self.nodes[r.client], MESSAGE_TYPE[r.kind], group_id=str(r.round))
             for record, r in zip(records, requests, strict=True)
         ]
         clients = dict(zip(self.grid.push_messages(messages), (r.client for r in requests), strict=True))
@@ -96,8 +122,3 @@ class Schedule(ABC):
 
         Raises `fl.errors.RunStopped` where it can't go on.
         """
-
-
-def shared(server: ServerState) -> ServerState:
-    """``server`` with its vector frozen, so that a broadcast shares one copy of its bytes."""
-    return server.replace(vector=freeze(server.vector))

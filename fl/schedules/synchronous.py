@@ -18,7 +18,7 @@ from fl.clock import Clock, EventQueue, Priority, ticks
 from fl.config import setting
 from fl.errors import RunStopped
 from fl.messages import TrainReply, payload_bytes
-from fl.schedules.base import Event, Schedule, World, shared
+from fl.schedules.base import Event, Schedule, World
 from fl.state import Update
 from fl.validation import Reason, Rejection
 
@@ -40,7 +40,7 @@ class Synchronous(Schedule):
             yield from self._round(world, round)
 
     def _round(self, world: World, round: int) -> Iterator[Event]:
-        server = shared(world.server)
+        server = world.server
         asked = self._sample(world, round)
         start = world.clock.now
         lr = world.local.lr_at(round, self.rounds)
@@ -48,15 +48,21 @@ class Synchronous(Schedule):
         replies, down = world.ask(list(requests.values()))
         queue = EventQueue(Clock(start))
         heard: set[int] = set()
+        acknowledged: list[int] = []
         for client, reply in replies:
             checked = world.validator.check(reply, requests[client])
             up = 0 if reply.has_error() else payload_bytes(reply.content)
             job = world.network.job(world.seed, client, round, _steps(checked, reply), down[client], up)
             if job.dropped_at is not None:
                 checked, up = Rejection(Reason.ERROR, "its work was lost on the way"), 0
+            if isinstance(checked, TrainReply):
+                acknowledged.append(client)
             when = start + (job.total if job.dropped_at is None else job.dropped_at)
             queue.push(when, Priority.ARRIVE, client, _Arrival(checked, up, 0 if client in heard else down[client]))
             heard.add(client)
+        once = sum(world.downlink.once(c, server.space.trains(round), requests[c].extra) for c in asked)
+        for client in acknowledged:
+            world.downlink.heard(client, server.version)
         if self.deadline_s is not None:
             queue.push(start + ticks(self.deadline_s), Priority.SERVER_TICK)
         updates: list[Update] = []
@@ -82,7 +88,7 @@ class Synchronous(Schedule):
             totals["steps"] += done.steps if done else 0
             totals["tokens"] += done.tokens if done else 0
             if isinstance(checked, TrainReply):
-                updates.append(_update(checked, start, event.time))
+                updates.append(world.update(checked, server, start, event.time))
             else:
                 rejected[checked.reason.value] += 1
             yield _client_event(round, server.version, event.client, event.time, checked, arrival)
@@ -95,9 +101,14 @@ class Synchronous(Schedule):
                 f"schedule.min_clients is {self.min_clients}. Rejected: {dict(sorted(rejected.items())) or 'none'}. "
                 f"{_WAY_OUT}"
             )
-        new = server
+        new, error = server, None
         if updates:
             new = world.aggregator.aggregate(server, updates, world.optimizer)
+            if world.measure_error:
+                from aggregators.factored import relative_error
+
+                error = relative_error(server, updates, world.aggregator.shares(updates), new)
+            new = world.accept(server, new)
         moved = float(np.linalg.norm(new.vector.astype(np.float64) - server.vector.astype(np.float64)))
         world.server = new.replace(round=round)
         losses = [u.loss for u in updates if u.loss is not None]
@@ -115,6 +126,8 @@ class Synchronous(Schedule):
             "tokens": totals["tokens"],
             "loss": float(np.mean(losses)) if losses else None,
             "update_norm": moved,
+            "bytes_once": once,
+            "aggregation_error": error,
             "epsilon": None,
         }
 
@@ -153,13 +166,6 @@ def _steps(checked: TrainReply | Rejection, reply: Message) -> int:
     except Exception:  # the sender decides what is in it, so anything may break
         return 0
     return claimed if 0 <= claimed < 2**31 else 0
-
-
-def _update(reply: TrainReply, sent: int, arrived: int) -> Update:
-    return Update(
-        reply.client, reply.round, reply.version, reply.update, reply.examples, sent, arrived, reply.loss,
-        reply.steps, reply.tokens,
-    )  # fmt: skip
 
 
 def _client_event(

@@ -9,6 +9,7 @@ from aggregators import mean as mean_module
 from aggregators.base import Aggregator, in_client_order
 from aggregators.mean import FedAvg, weighted_mean
 from aggregators.server_optimizers import SGD, FedAdam
+from clients.adapters.space import Space
 from clients.layout import Layout
 from fl.config import build
 from fl.errors import ConfigError, RunStopped
@@ -20,7 +21,7 @@ LAYOUT = Layout(("lora_A", "lora_B", "head.weight", "head.bias"), ((4, 6), (10, 
 
 
 def server() -> ServerState:
-    return ServerState(generator(0, "server").normal(size=LAYOUT.size).astype(np.float32), LAYOUT, version=7, round=3)
+    return ServerState(generator(0, "server").normal(size=LAYOUT.size).astype(np.float32), Space(LAYOUT), version=7, round=3)
 
 
 def update(client: int, examples: int = 1, vector: np.ndarray | None = None, **fields) -> Update:
@@ -120,7 +121,7 @@ def test_examples_weigh_and_uniform_does_not():
         update(0, 30, np.full(LAYOUT.size, 1.0, np.float32)),
         update(1, 10, np.full(LAYOUT.size, 5.0, np.float32)),
     ]
-    start = ServerState(np.zeros(LAYOUT.size, np.float32), LAYOUT)
+    start = ServerState(np.zeros(LAYOUT.size, np.float32), Space(LAYOUT))
     np.testing.assert_array_equal(FedAvg().aggregate(start, updates).vector, 2.0)
     np.testing.assert_array_equal(FedAvg(weights="uniform").aggregate(start, updates).vector, 3.0)
 

@@ -187,7 +187,9 @@ def test_evaluating_nothing_gives_nothing():
 def test_batches_of_evaluation_are_of_like_length_and_the_longest_go_first(monkeypatch):
     mine, seen = worker(), []
     evaluate = mine.evaluate
-    monkeypatch.setattr(mine, "evaluate", lambda s, n, e: (seen.append(mine.sets[n].lengths[e]), evaluate(s, n, e))[1])
+    monkeypatch.setattr(
+        mine, "evaluate", lambda s, n, e, b: (seen.append(mine.sets[n].lengths[e]), evaluate(s, n, e, b))[1]
+    )
     Trainer(mine, Plan()).evaluate(mine.cohort.initial.numpy(), "test", np.arange(sum(SIZES)), 8)
     assert [len(s) for s in seen] == [8, 8, 8, 8, 8, 8, 1]
     assert (np.diff(np.concatenate(seen)) <= 0).all()

@@ -39,11 +39,14 @@ def write_run(
     torn: bool = False,
     settings: dict[str, Any] | None = None,
     overrides: list[str] | None = None,
+    error: float | None = None,
+    once: int | None = None,
 ) -> Path:
     """Write run.json and metrics.jsonl for a run whose accuracy rises by ``gain`` (or whose perplexity falls).
 
     ``reject`` is the share of updates refused; ``stop_after`` ends the events at that round; ``torn`` cuts the last
-    line in half; ``status=""`` leaves run.json out, as a run killed at its start would.
+    line in half; ``status=""`` leaves run.json out, as a run killed at its start would. ``error`` is the aggregation
+    error of round 1 (it grows by a tenth each round), ``once`` the bytes sent once, in round 1; None: no such field.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = generator(seed, "synthetic", experiment, str(alpha))
@@ -143,6 +146,8 @@ def write_run(
                 "update_norm": 0.4,
                 "epsilon": None if epsilon is None else epsilon * math.sqrt(round_ / rounds),
             }
+            | ({} if error is None else {"aggregation_error": error * 1.1 ** (round_ - 1)})
+            | ({} if once is None else {"bytes_once": once if round_ == 1 else 0})
         )
         if round_ == last or round_ % 2 == 0:
             evaluate(round_, client_evals and (round_ == last or round_ % 4 == 0))
@@ -250,6 +255,44 @@ def write_sweep(folder: Path, axes: dict[str, list[Any]], **common: Any) -> Path
         )
         jobs.append({"dir": str(index), "overrides": given})
     (folder / "sweep.json").write_text(json.dumps({"axes": axes, "runs": jobs}))
+    return folder
+
+
+def write_variants(
+    folder: Path,
+    variants: dict[str, dict[str, Any]],
+    values: dict[str, list[float]],
+    seeds: list[int],
+    target: float | None = 0.7,
+    **common: Any,
+) -> Path:
+    """Write a sweep of ``variants`` (name -> arguments of `write_run`), each at its ``values`` of local.lr.
+
+    A variant's gain is largest at its middle value.
+    """
+    jobs: list[dict[str, Any]] = []
+    for name, given in variants.items():
+        for place, lr in enumerate(values[name]):
+            for seed in seeds:
+                gain = given.get("gain", 0.3) - 0.06 * abs(place - len(values[name]) // 2)
+                write_run(
+                    folder / str(len(jobs)),
+                    seed=seed,
+                    settings={"local.lr": lr},
+                    overrides=[f"local.lr={lr}"],
+                    **(common | given | {"gain": gain}),
+                )
+                varied = {"local.lr": str(lr), "seed": str(seed)}
+                jobs.append({"dir": str(len(jobs)), "variant": name, "overrides": varied})
+    about = {
+        "axes": {"seed": seeds},
+        "common": [],
+        "variants": {name: {"set": [f"adapter={name}"], "tune": values[name]} for name in variants},
+        "tune": {"key": "local.lr", "by": "clients"},
+        "target": target,
+        "runs": jobs,
+    }
+    (folder / "sweep.json").write_text(json.dumps(about))
     return folder
 
 

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
+from clients.adapters.space import Space
 from clients.behaviours.base import ReplyFields
 from clients.behaviours.faulty import Faulty
 from clients.behaviours.none import Honest
+from clients.layout import Layout
 from clients.local.training import Fit, LocalTraining, Work
 from clients.worker import Scores
 from fl.engine.cohort_grid import node_id
@@ -14,7 +16,9 @@ from fl.engine.flower import ensure_identity
 from fl.messages import EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
 from fl.node import Node
 
-LAYOUT, SIZE = "0123456789abcdef", 4
+SIZE = 4
+SPACE = Space(Layout(("w",), ((SIZE,),)))
+LAYOUT = SPACE.layout.hash
 
 
 class Tokens:
@@ -50,7 +54,7 @@ class Trainer:
             for w in works
         ]  # fmt: skip
 
-    def evaluate(self, state, name, examples, batch_size):
+    def evaluate(self, state, name, examples, batch_size, base):
         assert name == "train"
         loss = np.full(len(examples), float(state[0]))
         return Scores(loss, np.full(len(examples), 2), np.ones(len(examples), np.int64))
@@ -58,12 +62,14 @@ class Trainer:
 
 def node(behaviour=None, trainer=None) -> Node:
     ensure_identity(1)
-    return Node(trainer or Trainer(), Data(), LocalTraining(steps=2, batch_size=1), behaviour or Honest(), 9, LAYOUT)
+    return Node(trainer or Trainer(), Data(), LocalTraining(steps=2, batch_size=1), behaviour or Honest(), 9, SPACE)
 
 
 def request(client: int, round: int = 1, version: int = 0, kind=TrainRequest, layout: str = LAYOUT, **extra) -> Message:
     state = np.arange(SIZE, dtype=np.float32)
-    asked = kind(client, round, version, state, layout, extra or {"lr": 0.5})
+    asked = kind(
+        client, round, version, state, layout, {"sent": "adapter", "train": "adapter", **(extra or {"lr": 0.5})}
+    )
     return Message(asked.to_record(), node_id(max(client, 0)), kind.kind)
 
 
@@ -141,18 +147,16 @@ def test_memory_is_saved_and_restored():
     made, other = node(), node()
     for round in (1, 2):
         made.train([request(0, round), request(2, round)])
-    arrays = made.memory_arrays()
+    arrays = made.arrays()
     other.train([request(1, 1)])  # what it had is gone then
-    other.restore_memories(arrays | {"server/vector": np.zeros(3)})
+    other.restore(arrays | {"server/vector": np.zeros(3)})
     assert set(other.memories) == {0, 2}
     for again in (2, 3):  # the newest job may come again, and the next one comes
         for client in (0, 2):
             a, b = made.train([request(client, again)]) + other.train([request(client, again)])
             assert a.content == b.content
             assert remembered(made, client) == remembered(other, client) == again
-    assert {k: v.tolist() for k, v in made.memory_arrays().items()} == {
-        k: v.tolist() for k, v in other.memory_arrays().items()
-    }
+    assert {k: v.tolist() for k, v in made.arrays().items()} == {k: v.tolist() for k, v in other.arrays().items()}
 
 
 # Behaviours

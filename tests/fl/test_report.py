@@ -13,16 +13,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from fl.comparison import Spread, as_plain, compare
 from fl.errors import ShoalError
 from fl.report import comparison_table, final_table, load_all, load_run, write_report, write_summary_csv
 from fl.report.curves import Axis, axes_of, mean_curve, metric_curve
 from fl.report.groups import group, varying
 from fl.report.numbers import human, spread, write
 from fl.report.page import tag
-from fl.report.plots import compared
+from fl.report.plots import compared, run_curves
 from fl.report.style import VARIABLES, inline_svg
 from fl.report.tables import final_rows
-from tests.fl.synthetic_runs import STATE_BYTES, write_run, write_sweep
+from fl.report.variant_plots import error_picture
+from fl.report.variant_tables import at_the_end, columns, markdown, notes, relative, terminal_table, write_comparison
+from tests.fl.synthetic_runs import STATE_BYTES, write_run, write_sweep, write_variants
 
 BYTES = Axis("bytes", "Bytes", "MB")
 ROUNDS = Axis("round", "Rounds", "round")
@@ -526,3 +529,171 @@ def test_a_place_that_can_not_be_written_is_named(tmp_path):
 def test_matplotlib_is_imported_only_to_draw():
     code = "import sys, fl.report, fl.report.html, fl.report.run_page; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --------------------------------------------------------------------------------------------------------- variants
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory) -> Path:
+    """Nine variants at two or three values and two seeds; one run failed, one left nothing."""
+    made = {
+        f"method-{i}": {
+            "gain": 0.1 + 0.035 * i,
+            "error": [0.2, 1e-8, 0.0, None][i % 4],
+            "once": 4000 if i == 2 else None,
+        }
+        for i in range(8)
+    }
+    made["worst"] = {"gain": 0.02}
+    values = {name: [0.003, 0.01] if i % 2 else [0.001, 0.003, 0.01] for i, name in enumerate(made)}
+    folder = write_variants(tmp_path_factory.mktemp("many"), made, values, [0, 1], target=0.7, rounds=6)
+    write_run(folder / "1", seed=1, status="failed", stop_after=2, settings={"local.lr": 0.001})
+    for path in (folder / "6").iterdir():
+        path.unlink()
+    return folder
+
+
+def test_a_sweep_of_variants_has_tables_for_tuned_and_for_equal_values(variants):
+    path = write_report([variants], variants / "report.html")
+    page, made = Page(path.read_text(encoding="utf-8")), compare(load_all([variants]))
+    for row in made.tuned:
+        assert f"{row.name} {row.value:g} 2 {spread('accuracy', row.metric.mean, row.metric.std)}" in page.text
+    assert "Each variant at its own local.lr" in page.text and "How local.lr was chosen" in page.text
+    for value in ("0.001 5 variants", "0.003 9 variants", "0.01 9 variants"):
+        assert f"local.lr={value}" in page.text
+    assert "not reached (0 of 2)" in page.text and "not resolved from the best" in page.text
+    assert "2 of 46 runs did not complete" in page.text
+    assert "run 1 (method-0, local.lr=0.001, seed=1) failed" in page.text
+    assert "run 6 missing: it left no run.json and no metrics.jsonl (method-1, local.lr=0.003, seed=0)" in page.text
+    assert "The central test set has 2,000 examples" in page.text and "over 2 seeds (0, 1)" in page.text
+    assert "Curves show the 7 best of 9 variants" in page.text
+    assert "Below 1e-12 it is drawn on the dashed line" in page.text
+    names = {p.stem for p in (variants / "plots").iterdir()}
+    assert {"accuracy_rounds", "final_accuracy", "variants", "aggregation_error", "clients_sorted"} <= names
+    assert path.stat().st_size < 1_500_000
+    ids = page.values("id")
+    assert len(ids) == len(set(ids))
+
+
+def test_log_axes_are_labelled_in_plain_numbers(variants, tmp_path):
+    picture = error_picture(compare(load_all([variants])).tuned)
+    assert "1e-8" in picture.svg and "0.01" in picture.svg and "$" not in picture.svg
+    falling = write_run(tmp_path, task="causal_lm")
+    lines = [json.loads(line) for line in (falling / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line.get("split") == "test":
+            line["perplexity"] = 4000.0 / (1 + 20 * line["round"])
+    (falling / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, (metric, _) = run_curves(load_run(falling))[0]
+    assert ">1000<" in metric.svg and "$" not in metric.svg
+
+
+def test_the_comparison_is_also_written_as_markdown_and_json(variants, tmp_path):
+    made = compare(load_all([variants]))
+    path = write_comparison(made, tmp_path)
+    assert json.loads((tmp_path / "comparison.json").read_text()) == as_plain(made)
+    text = path.read_text()
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("| ")]
+    assert [len(lines) - 2 for lines in tables] == [9, 9, 5, 9, 9]
+    for lines in tables:
+        assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+    head = [cell.strip() for cell in tables[0][0].strip("| ").split(" | ")]
+    best = next(row for row in made.tuned if row.standing == "best")
+    (line,) = [line for line in tables[0] if line.startswith(f"| {best.name} |")]
+    cells = dict(zip(head, (cell.strip() for cell in line.strip("| ").split(" | ")), strict=True))
+    assert cells["against the best"] == "best" and cells["lr"] == f"{best.value:g}"
+    assert cells["test accuracy"] == spread("accuracy", best.metric.mean, best.metric.std)
+    assert cells["trained"] == "74,115" and cells["up"] == write("bytes_up", best.bytes_up.mean)
+    assert {
+        "rounds to 70.0 %",
+        "bytes to 70.0 %",
+        "down",
+        "of it once",
+        "error, first round",
+        "error, last round",
+    } <= set(head)
+    first = tables[1][2].split(" | ")
+    assert "(1 of 2)" in first[1] and first[2].startswith("**")
+    assert text.count("**") == 2 * 9
+    assert "- run 1 (method-0, local.lr=0.001, seed=1) failed: round 6" in text
+    terminal = rendered(terminal_table(made))
+    assert all(row.name in terminal for row in made.tuned) and "not reached (0 of 2)" in terminal
+
+
+def test_columns_are_those_that_say_something(tmp_path):
+    folder = write_variants(tmp_path, {"a": {}, "b": {}}, {"a": [0.1], "b": [0.1]}, [0], target=None, rounds=2)
+    made = compare(load_all([folder]))
+    heads = [column.head for column in columns(made)]
+    assert heads == [
+        "variant",
+        "lr",
+        "n",
+        "test accuracy",
+        "against the best",
+        "clients' accuracy",
+        "up",
+        "down",
+        "trained",
+    ]
+    assert "lr" not in [column.head for column in columns(made, tuned=False)]
+    said = " ".join(notes(made))
+    assert "With one seed no gap is resolved" in said and "target" not in said and "Error" not in said
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [([0.1324, 0.1364], "0.134 ± 0.003"), ([0.5], "0.500"), ([0.5, 0.5], "0.500"), ([5e-8, 6e-8], "5.5e-08"),
+     ([0.0, 0.0], "0"), ([], "—")],
+)  # fmt: skip
+def test_relative_errors_for_people(values, text):
+    assert relative(Spread.of(values)) == text
+
+
+def test_a_value_at_the_end_of_three_is_pointed_out(variants):
+    made = compare(load_all([variants]))
+    middle = [row.name for row in made.tuned]
+    assert not [row for row in at_the_end(made) if len(made.grid[middle.index(row.name)]) < 3]
+    three = made.grid[2]
+    made.tuned[2] = three[-1]
+    assert three[-1] in at_the_end(made)
+    assert f"Chosen at an end of its values, so that a better one may lie beyond: {three[-1].name} (0.01)" in " ".join(
+        notes(made)
+    )
+
+
+def test_names_in_a_markdown_table_can_not_break_it(tmp_path):
+    folder = write_variants(tmp_path, {"a": {}}, {"a": [0.1, 0.2]}, [0], rounds=2)
+    about = json.loads((folder / "sweep.json").read_text())
+    for job in about["runs"]:
+        job["variant"] = EVIL + "|x\ny"
+    (folder / "sweep.json").write_text(json.dumps(about))
+    made = compare(load_all([folder]))
+    tables = [part.splitlines() for part in markdown(made).split("\n\n") if part.startswith("| ")]
+    assert all(len({line.replace("\\|", "").count("|") for line in lines}) == 1 for lines in tables)
+    assert "<script>" not in markdown(made)
+    page = Page(write_report([folder], tmp_path / "out.html").read_text(encoding="utf-8"))
+    assert page.tags.count("script") == 1 and "img" not in page.tags
+    assert page.text.count('<script>alert("x")</script>') > 3
+
+
+@pytest.mark.parametrize("case", ["all failed", "perplexity", "one variant", "no clients", "several folders"])
+def test_reports_of_all_kinds_of_variants(tmp_path, case):
+    kinds = {"all failed": {"status": "failed", "stop_after": 2}, "perplexity": {"task": "causal_lm"},
+             "no clients": {"client_evals": False}}  # fmt: skip
+    made = {"a": {}} if case == "one variant" else {"a": {}, "b": {"gain": 0.2}}
+    values = {name: [0.1, 0.2] for name in made}
+    target = 40.0 if case == "perplexity" else 0.6
+    folder = write_variants(tmp_path / "s", made, values, [0, 1], target=target, rounds=4, **kinds.get(case, {}))
+    folders = [folder, write_run(tmp_path / "other")] if case == "several folders" else [folder]
+    page = Page(write_report(folders, tmp_path / "out.html").read_text(encoding="utf-8"))
+    text = markdown(compare(load_all([folder])))
+    if case == "all failed":
+        assert f"{4 * len(made)} of {4 * len(made)} runs did not complete" in page.text
+        assert text.count("failed: round 6") == 8
+    if case == "perplexity":
+        assert "rounds to 40.0" in page.text and "Best test perplexity" in page.text and "examples." in text
+    if case == "several folders":
+        assert "Shoal comparison" in page.text
+    else:
+        assert "Shoal sweep of variants" in page.text

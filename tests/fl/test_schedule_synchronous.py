@@ -11,9 +11,11 @@ from flwr.app.metadata import Metadata
 
 from aggregators.mean import FedAvg
 from aggregators.server_optimizers import SGD
+from clients.adapters.space import Space
 from clients.layout import Layout
 from clients.local.training import LocalTraining
 from fl.clock import Clock, ticks
+from fl.downlink import Downlink
 from fl.engine.flower import ensure_identity
 from fl.errors import RunStopped
 from fl.messages import TrainReply, TrainRequest, payload_bytes
@@ -77,9 +79,9 @@ def world(grid: FakeGrid, per_round: int | None = None, network=None, sampling=N
     ensure_identity(1)
     n = grid.number
     return World(
-        grid, [50 + c for c in range(n)], 3, per_round or n, ServerState(np.zeros(SIZE, np.float32), LAYOUT),
+        grid, [50 + c for c in range(n)], 3, per_round or n, ServerState(np.zeros(SIZE, np.float32), Space(LAYOUT)),
         FedAvg(), SGD(), sampling or Fixed(), network or Instant(), LocalTraining(steps=1, lr=0.25),
-        Validator(LAYOUT.hash, SIZE, 1e4, 1000), **more,
+        Validator(LAYOUT.hash, SIZE, 1e4, 1000), Downlink(Space(LAYOUT), False), **more,
     )  # fmt: skip
 
 
@@ -173,6 +175,7 @@ def test_the_mean_of_the_updates_is_added_and_the_version_counts_up():
     assert rounds[0] | {"bytes_down": 0, "bytes_up": 0, "update_norm": 0} == {
         "event": "round", "round": 1, "version": 1, "virtual_s": 0.0, "sampled": 3, "accepted": 3, "rejected": {},
         "bytes_down": 0, "bytes_up": 0, "client_steps": 6, "tokens": 30, "loss": 1.5, "update_norm": 0, "epsilon": None,
+        "bytes_once": 0, "aggregation_error": None,
     }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ CLIENT = [
 ROUND = [
     "event", "round", "version", "virtual_s", "sampled", "accepted", "rejected", "bytes_down", "bytes_up",
     "bytes_down_total", "bytes_up_total", "client_steps", "client_steps_total", "tokens", "loss", "update_norm",
+    "bytes_once", "aggregation_error",
     "epsilon", "wall_s",
 ]  # fmt: skip
 EVAL = ["event", "round", "virtual_s", "split", "examples", "loss"]

@@ -1,0 +1,75 @@
+"""FlexLoRA: the mean of the clients' products is factored anew by SVD, and each client takes what its rank holds.
+
+    D* = sum_i p_i s B_i A_i = U S V^T,     B' = U_r S_r / s,   A' = V_r^T       (``split=B``)
+                                            B' = U_r sqrt(S_r / s),   A' = sqrt(S_r / s) V_r^T     (``split=even``)
+
+(Bai et al., arXiv 2402.11505; how S is divided is not known to us from the paper.) r is the largest rank; as the
+singular values fall, a client's leading block is the best approximation of D* of its own rank. The error is what is cut
+off: ``sqrt(sum_{j > r} S_j^2)``. D* is never formed: QR of the stacked factors, then an SVD of their small core.
+
+Where D* has a rank q < r, columns q.. of B' are zero. Rows q.. of A' are then unit vectors, orthogonal to the others
+and each other, out of the row space of the present A: with zeros in both factors neither would get a gradient again,
+and directions outside the spaces in use would come from nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from aggregators.base import Aggregator, ServerOptimizer, finite
+from aggregators.factored import head_step, heard, stacks, svd
+from fl.config import setting
+from fl.state import ServerState, Update
+
+
+@dataclass(frozen=True)
+class FlexLoRA(Aggregator):
+    """The best approximation of the mean product by SVD; clients of a lower rank take its leading part."""
+
+    takes = ("lora",)
+    mixed = ("lora",)
+    optimizes = False
+
+    split: str = setting(
+        "B", choices=("B", "even"), help="where the singular values go: all into B, or their roots into both factors"
+    )
+
+    def aggregate(
+        self, server: ServerState, updates: Sequence[Update], optimizer: ServerOptimizer | None = None
+    ) -> ServerState:
+        ordered, shares = heard(self, updates)
+        space = server.space
+        vector = server.vector.astype(np.float64)
+        head_step(server, ordered, shares, vector)
+        for module in space.modules:
+            left, right = stacks(server, module, ordered, shares)
+            u, s, vt = svd(left, right, module.rank)
+            a, b = space.tensor(vector, module.a), space.tensor(vector, module.b)
+            old = a.reshape(module.rank, -1).copy()
+            # below this the singular values are rounding errors of the factors
+            real = int((s > s[0] * max(left.shape[0], right.shape[1]) * np.finfo(np.float64).eps).sum())
+            roots = np.sqrt(s[:real] / module.scale)
+            b[...] = 0
+            b[:, :real] = u[:, :real] * (roots if self.split == "even" else s[:real] / module.scale)
+            rows = vt[:real] * (roots[:, None] if self.split == "even" else 1.0)
+            a[...] = np.concatenate([rows, completion(vt[:real], old)]).reshape(a.shape)
+        return finite(server, vector, increment={})
+
+
+def completion(rows: np.ndarray, old: np.ndarray) -> np.ndarray:
+    """``(r - q, in)`` orthonormal rows, orthogonal to the q orthonormal ``rows``, in the span of ``old`` ``(r, in)``.
+
+    Of the directions of ``old`` that are free, those that it has most of.
+    """
+    missing = len(old) - len(rows)
+    if missing == 0:
+        return old[:0]
+    rest = old - (old @ rows.T) @ rows
+    rest -= (rest @ rows.T) @ rows  # twice: the first leaves a rounding error of the size of what was taken away
+    vt = np.linalg.svd(rest, full_matrices=False)[2][:missing]
+    largest = np.abs(vt).argmax(axis=1)
+    vt = vt * np.where(vt[np.arange(len(vt)), largest] < 0, -1.0, 1.0)[:, None]
+    return np.concatenate([vt, old[: missing - len(vt)]])  # more rows than columns: no direction is free
