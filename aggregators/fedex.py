@@ -4,8 +4,8 @@
     E = sum_i p_i B_i A_i - B' A' = sum_i p_i (B_i - B') (A_i - C)      for any C, as sum_i p_i (B_i - B') = 0
 
 so that ``W0' + s B' A'`` is the mean of the clients' models (Singhal et al., arXiv 2410.09432). With ``C`` the factor
-of one of the N clients that client drops out, and E has rank ``(N - 1) r``. Clients of lower rank are padded with zeros;
-``C`` then has the rows that every client has, and E has rank ``sum_i r_i - min_i r_i``. E is sent as these two factors.
+of one of the N clients that client drops out, and E has rank ``(N - 1) r``. Clients of lower rank are padded with
+zeros; ``C`` then has the rows that every client has, and E has rank ``sum_i r_i - min_i r_i``. E is sent as factors.
 
 ``rank`` keeps only the best approximation of E of that rank. The error is the norm of the singular values left out.
 """
@@ -44,14 +44,14 @@ class FedEx(Aggregator):
         vector = server.vector.astype(np.float64)
         vector[slice(None) if columns is None else columns] += step
         increment = {}
-        if len(ordered) > 1:
-            for module in server.space.modules:
-                left, right = residual(server, module, ordered, shares, vector)
-                if self.rank is not None and self.rank < left.shape[1]:
-                    u, s, vt = svd(left, right, self.rank)
-                    left, right = (u * s).astype(server.vector.dtype), vt.astype(server.vector.dtype)
-                if right.any():  # all clients may still have the same A, as after a first step from B = 0
-                    increment[module.name] = Piece(left, right)
+        for module in server.space.modules:
+            left, right = residual(server, module, ordered, shares, vector)
+            if not right.any():  # one client, or all have the same A, as after a first step from B = 0
+                continue
+            if self.rank is not None and self.rank < left.shape[1]:
+                u, s, vt = svd(left, right, self.rank)
+                left, right = (u * s).astype(server.vector.dtype), vt.astype(server.vector.dtype)
+            increment[module.name] = Piece(left, right)
         return finite(server, vector, increment=increment)
 
 

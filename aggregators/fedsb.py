@@ -38,7 +38,7 @@ class FedSB(Aggregator):
         self, server: ServerState, updates: Sequence[Update], optimizer: ServerOptimizer | None = None
     ) -> ServerState:
         ordered, shares = heard(self, updates)
-        if self.blocks == "owners" and server.space.mixed:
+        if self.blocks == "owners":
             step, columns = owners_mean(server, ordered, shares)
         else:
             step, columns = mean_step(server, ordered, shares)

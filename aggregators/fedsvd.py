@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from aggregators.base import Aggregator, ServerOptimizer, finite
-from aggregators.factored import heard, mean_step, span, svd
+from aggregators.factored import heard, mean_step, product, span, svd
 from fl.config import setting
 from fl.state import ServerState, Update
 
@@ -70,7 +70,8 @@ def present(server: ServerState, update: Update) -> Update:
         part = span(space, update, module.b)
         if part.stop > part.start and not np.array_equal(a, old):
             b = space.tensor(whole, module.b)
-            b[...] = (b.reshape(-1, module.rank) @ np.linalg.solve(a @ a.T, a @ old.T).T).reshape(b.shape)
+            change = np.linalg.solve(product(a, a.T), product(a, old.T)).T
+            b[...] = product(b.reshape(-1, module.rank), change).reshape(b.shape)
             changed = True
     if not changed:
         return update

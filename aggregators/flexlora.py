@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from aggregators.base import Aggregator, ServerOptimizer, finite
-from aggregators.factored import head_step, heard, stacks, svd
+from aggregators.factored import head_step, heard, product, stacks, svd
 from fl.config import setting
 from fl.state import ServerState, Update
 
@@ -67,9 +67,9 @@ def completion(rows: np.ndarray, old: np.ndarray) -> np.ndarray:
     missing = len(old) - len(rows)
     if missing == 0:
         return old[:0]
-    rest = old - (old @ rows.T) @ rows
-    rest -= (rest @ rows.T) @ rows  # twice: the first leaves a rounding error of the size of what was taken away
-    vt = np.linalg.svd(rest, full_matrices=False)[2][:missing]
-    largest = np.abs(vt).argmax(axis=1)
-    vt = vt * np.where(vt[np.arange(len(vt)), largest] < 0, -1.0, 1.0)[:, None]
+    rest = old - product(product(old, rows.T), rows)
+    rest -= product(
+        product(rest, rows.T), rows
+    )  # twice: the first leaves a rounding error of the size of what was taken away
+    vt = svd(np.eye(len(rest)), rest, min(missing, old.shape[1] - len(rows)))[2]
     return np.concatenate([vt, old[: missing - len(vt)]])  # more rows than columns: no direction is free

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from aggregators.base import Aggregator, ServerOptimizer, normalised
-from aggregators.factored import advance, factors, heard, mean_step, weighty
+from aggregators.factored import advance, factors, heard, mean_step, product, weighty
 from fl.config import setting
 from fl.state import ServerState, Update
 
@@ -58,5 +58,5 @@ def norms(server: ServerState, updates: Sequence[Update]) -> np.ndarray:
     for i, update in enumerate(updates):
         for module in server.space.modules:
             left, right = factors(server, update, module)
-            squares[i] += max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))
+            squares[i] += max(0.0, float((product(left.T, left) * product(right, right.T)).sum()))
     return np.sqrt(squares)

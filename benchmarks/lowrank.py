@@ -3,7 +3,8 @@
     python -m benchmarks.lowrank                     # 100 clients, rank 16, a module of 2048 x 2048
     python -m benchmarks.lowrank --clients 32 --size 8192 --out lowrank.json
 
-One module, float32 updates of all clients. For each rule, in the same run and in turn, `--repeats` times over:
+One module, float32 updates of all clients, one thread as in a run's parent process. For each rule, in the same run and
+in turn, `--repeats` times over (fewer where they take long):
 
 * ``rule``: its `aggregate`;
 * ``mean``: plain averaging (`aggregators.mean.FedAvg`) of the same updates; the ratio is of the medians;
@@ -24,9 +25,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from aggregators.base import Aggregator
 from aggregators.factored import relative_error
@@ -45,6 +48,7 @@ from fl.keys import generator
 from fl.state import ServerState, Update
 
 PHASES = {"lora": ("A", "B"), "b": ("B",), "alternating": ("B",), "core": ("R",)}
+BUDGET_S = 10.0  # of repeats, for one rule; there is always one
 LIMIT = 10.0  # times plain averaging, for an exact rule
 
 
@@ -73,7 +77,7 @@ ROWS = {
 
 
 def case(form: str, clients: int, size: int, rank: int) -> tuple[ServerState, list[Update]]:
-    """A server and the updates of ``clients`` of one module ``(size, size)``, drawn at the scale of a trained adapter."""
+    """A server and the updates of ``clients`` of one module ``(size, size)``, at the scale of a trained adapter."""
     core = {"R": (rank, rank)} if form == "core" else {}
     shapes = {"A": (rank, size), "B": (size, rank), **core}
     layout = Layout(tuple(shapes), tuple(shapes.values()))
@@ -105,18 +109,25 @@ def dense(kind: str, server: ServerState, updates: list[Update], new: ServerStat
         total = np.zeros(space.sizes(module), np.float32)
         for share, update in zip(shares, updates, strict=True):
             b, a = ends(update)
-            total += np.float32(module.scale * share) * b @ a
+            total += (torch.from_numpy(b * np.float32(module.scale * share)) @ torch.from_numpy(a)).numpy()
         return total
 
     def run() -> object:
         if kind == "refactor":
             mean = FedAvg().aggregate(server, updates).vector
-            matrix = space.tensor(mean, module.b) @ space.tensor(mean, module.a)
+            matrix = (
+                torch.from_numpy(space.tensor(mean, module.b)) @ torch.from_numpy(space.tensor(mean, module.a))
+            ).numpy()
         else:
             matrix = product()
         if "residual" in kind:
-            matrix -= np.float32(module.scale) * space.tensor(new.vector, module.b) @ space.tensor(new.vector, module.a)
-        return np.linalg.svd(matrix, full_matrices=False) if "svd" in kind or kind == "refactor" else matrix
+            b, a = space.tensor(new.vector, module.b) * np.float32(module.scale), space.tensor(new.vector, module.a)
+            matrix -= (torch.from_numpy(b) @ torch.from_numpy(a)).numpy()
+        return (
+            torch.linalg.svd(torch.from_numpy(matrix), full_matrices=False)
+            if "svd" in kind or kind == "refactor"
+            else matrix
+        )
 
     return run
 
@@ -130,11 +141,13 @@ def seconds(call: Callable[[], object]) -> float:
 def measure(name: str, row: Row, clients: int, size: int, rank: int, repeats: int, with_dense: bool) -> dict:
     server, updates = case(row.form, clients, size, rank)
     times: dict[str, list[float]] = {"rule": [], "mean": []}
-    for repeat in range(repeats + 1):  # the first is a warm-up
+    began = time.perf_counter()
+    for repeat in range(repeats + 1):
+        if repeat and time.perf_counter() - began > BUDGET_S:
+            break
         for key, rule in (("rule", row.rule), ("mean", FedAvg())):
-            value = seconds(lambda rule=rule: rule.aggregate(server, updates))
-            if repeat:
-                times[key].append(value)
+            times[key].append(seconds(partial(rule.aggregate, server, updates)))
+    times = {key: values[1:] or values for key, values in times.items()}  # the first is a warm-up
     new = row.rule.aggregate(server, updates)
     out: dict = {
         "exact": row.exact,
@@ -174,6 +187,7 @@ def main() -> None:
     parser.add_argument("--no-dense", action="store_true", help="leave out the dense ways")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as in a run's parent process
     shape = {"clients": options.clients, "size": options.size, "rank": options.rank}
     machine = environment.device_name("cpu")
     print(f"{options.clients} clients, rank {options.rank}, a module of {options.size} x {options.size}; {machine}")

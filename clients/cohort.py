@@ -184,23 +184,24 @@ class Cohort:
         ``clients`` are the slots' clients, whose scales may differ.
         """
         whole, views = self.layout, self.layout.views(start.to(self.device))
-        self.layout = self.space.sublayout(groups)
-        trained = set(self.layout.names)
+        layout = self.space.sublayout(groups)
+        trained = set(layout.names)
+        self.gains = self._gains(trained, clients, start.dtype)
+        self.layout = layout
         self.slots.shared = {n: v.detach() for n, v in views.items() if n not in trained}
-        self.gains = self._gains(trained, clients)
         try:
             yield
         finally:
             self.layout, self.slots.shared, self.gains = whole, {}, {}
 
-    def _gains(self, trained: set[str], clients: Sequence[int | None]) -> dict[str, Tensor]:
+    def _gains(self, trained: set[str], clients: Sequence[int | None], dtype: torch.dtype) -> dict[str, Tensor]:
         gains = {}
         for module in self.space.modules if self.space.scales else ():
             values = [self.space.scale(module, c) / module.scale for c in clients]
             # A factor that does not train is in the server's scale (`Space`).
             if module.scaled in trained and any(v != 1 for v in values):
                 self._need_linear(module)
-                gains[module.scaled] = torch.tensor(values, device=self.device).reshape(-1, 1, 1)
+                gains[module.scaled] = torch.tensor(values, dtype=dtype, device=self.device).reshape(-1, 1, 1)
         return gains
 
     def _need_linear(self, module: Module) -> None:

@@ -1,8 +1,8 @@
 """From the words on the command line to settings: Hydra composes, errors become one line each.
 
 A list of values (``seed=0,1,2``) is a sweep, as in Hydra's multirun; `expand` makes one list of overrides a job.
-A preset may hold a section ``sweep:``, which says what `shoal sweep` varies and is no setting of a run: `compose` leaves
-it out, `sweep_section` reads it.
+A preset may hold a section ``sweep:``, which says what `shoal sweep` varies and is no setting of a run: `compose`
+leaves it out, `sweep_section` reads it.
 """
 
 from __future__ import annotations
@@ -139,13 +139,35 @@ def _drop_foreign(settings: dict[str, Any], given: Mapping[str, Any]) -> None:
     for group, name in given.items():
         if group == "experiment" or not isinstance(name, str) or name not in options.get(group, {}):
             continue
-        known = {key.partition(".")[0] for key in options[group][name]}
-        place, prefix = settings, group.replace("/", ".") + "."
-        for part in group.split("/"):
-            place = place[part]
-        for key in {key.removeprefix(prefix).partition(".")[0] for key in preset if key.startswith(prefix)}:
-            if key not in known and not any(f"{g}.".startswith(f"{prefix}{key}.") for g in given):
-                place.pop(key, None)
+        prefix = group.replace("/", ".") + "."
+        known = _known(group, name, options, given)
+        for key in [key.removeprefix(prefix) for key in preset if key.startswith(prefix)]:
+            first = key.partition(".")[0]
+            if key in known or (first in known and first not in nested(group, options)):
+                continue
+            name_of = f"{prefix}{key}."
+            if not any(f"{g}.".startswith(name_of) or name_of.startswith(f"{g}.") for g in given if "." in g):
+                _pop(settings, [*group.split("/"), *key.split(".")])
+
+
+def nested(group: str, options: Mapping[str, Any]) -> set[str]:
+    """The settings of ``group`` that are groups themselves (``init`` of adapter)."""
+    return {g.removeprefix(f"{group}/") for g in options if g.startswith(f"{group}/")}
+
+
+def _known(group: str, name: str, options: Mapping[str, Any], given: Mapping[str, Any]) -> set[str]:
+    """The dotted settings of the option ``name``, with those of the options that it chooses itself."""
+    known = set(options[group][name])
+    for inner in nested(group, options):
+        choice = given.get(f"{group}/{inner}", options[group][name].get(inner))
+        known |= {f"{inner}.{key}" for key in options[f"{group}/{inner}"].get(choice, {})}
+    return known
+
+
+def _pop(place: dict[str, Any], path: Sequence[str]) -> None:
+    for part in path[:-1]:
+        place = place.get(part, {})
+    place.pop(path[-1], None)
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:

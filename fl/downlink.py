@@ -103,11 +103,13 @@ class Downlink:
         whole, ranks = pack(server.base, names)
         return [whole], f"={_text(ranks)}"
 
-    def once(self, client: int, train: tuple[str, ...], header: Mapping[str, Scalar]) -> int:
-        """Bytes of a request that only a first contact costs: groups that don't train in this round."""
+    def once(self, server: ServerState, client: int, train: tuple[str, ...], header: Mapping[str, Scalar]) -> int:
+        """Bytes of a request that only a first contact costs: groups that don't train in this round, and the change of
+        the base that the adapter began with."""
         if header.get("known") != -1:
             return 0
-        return 4 * sum(len(self.space.columns((g,), client)) for g in self.space.names if g not in train)
+        start = numbers(server.base) if self.base_changed == 0 else 0
+        return 4 * (start + sum(len(self.space.columns((g,), client)) for g in self.space.names if g not in train))
 
     def parts(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """For a checkpoint: arrays and plain values, undone by `restore`."""

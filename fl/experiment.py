@@ -114,6 +114,10 @@ class Settings:
         if settings.model.zero_head and not settings.adapter.train_head:
             allowed = "true: a head that starts at zero and stays there passes no gradient on"
             raise ConfigError("adapter.train_head", False, allowed, "Or give it weights: model.head_std=0.02.")
+        start = settings.adapter.initialisation
+        if settings.model.zero_head and start is not None and start.statistic == "gradient":
+            allowed = f"above 0: {type(start).__name__} starts from a gradient, and a head of zeros passes none on"
+            raise ConfigError("model.head_std", 0.0, allowed, "Try model.head_std=0.02.")
         settings.adapter.config(settings.adapter.target_modules or settings.model.target_modules)
         tuning.pick_device(settings.engine.device)
         settings.tracker.check()

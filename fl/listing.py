@@ -185,6 +185,8 @@ def _only(
     group: str, groups: Mapping[str, list[Option]], top: Mapping[str, Any]
 ) -> tuple[dict[str, list[Option]], dict[str, Any]]:
     name = group.strip("/")
+    if name not in groups and name.removesuffix("s") in groups:
+        name = name.removesuffix("s")  # people ask for aggregators, adapters, models
     some = {k: v for k, v in groups.items() if k == name or k.startswith(name + "/")}
     settings = {k: v for k, v in top.items() if k == name or k.startswith(name + ".")}
     if not some and not settings:
@@ -200,7 +202,12 @@ def _option(path: Path, chosen: Any) -> Option:
     if path.parent.name == "experiment":
         content.pop("sweep", None)  # what `shoal sweep` varies; no setting of a run
     target = content.pop("_target_", None)
-    settings = {k: v for k, v in _defaults(content).items() if v is not None}
+    settings: dict[str, Any] = {}
+    if path.parent.name == "experiment":  # a preset that begins with another one's settings
+        parents = [item for item in content.get("defaults") or [] if isinstance(item, str) and item != "_self_"]
+        for parent in parents:
+            settings |= _option(path.with_name(f"{parent}.yaml"), None).settings
+    settings |= {k: v for k, v in _defaults(content).items() if v is not None}
     settings |= _flat({k: v for k, v in content.items() if k != "defaults"})
     return Option(path.stem, _first_comment(path), settings, path.stem == chosen, target)
 

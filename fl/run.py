@@ -12,6 +12,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from clients.adapters.initial.base import DataDriven
 from fl import environment
 from fl.compose import RUN_DIR, compose, flat
 from fl.errors import ShoalError
@@ -82,6 +83,7 @@ def _go(
     from fl.engine.cohort_grid import CohortGrid
     from fl.engine.flower import quiet_flower
     from fl.engine.in_process import InProcessGrid
+    from fl.initialise import statement
     from fl.server_app import Server
 
     quiet_flower()
@@ -108,6 +110,9 @@ def _go(
         plan = experiment.choose_plan()
         resolved["engine"] |= plan.settings()
         record |= _described(experiment, summary)
+        start = settings.adapter.initialisation
+        if isinstance(start, DataDriven):
+            record["privacy"] = f"{settings.privacy.statement()} {statement(start, experiment)}"
         record["settings"] = flat(resolved)
         folder.write_config(resolved)
         folder.write_run(record)

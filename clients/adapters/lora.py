@@ -66,10 +66,10 @@ class Factors(Adapter):
             for key, value in getattr(self, name).items():
                 if value <= 0:
                     raise ConfigError(f"adapter.{name}.{key}", value, "a positive number")
-        needed = "bra" if self.shape == "core" else "ba"
-        if needed not in self.init.form:
-            allowed = "one for B R A (lora_xs, lora_sb, orthonormal_core)" if needed == "bra" else "one for B A"
-            raise ConfigError("adapter.init", type(self.init).__name__, allowed, "See `shoal list adapter/init`.")
+        self.init.check(self.shape)
+        if self.init.changes_base and self.mixed_ranks:
+            allowed = "one that leaves the base as it is: a client of a lower rank would not start at the base's weights"
+            raise ConfigError("adapter.init", type(self.init).__name__, allowed, "Or one rank for all clients.")
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -87,8 +87,8 @@ class Peft(Adapter):
 
     @property
     def form(self) -> str:
-        plain = self.method.upper() == "LORA" and PLAIN_LORA.issuperset(k for k, v in self.options.items() if v)
-        return "lora" if plain and self.options.get("bias", "none") == "none" else "other"
+        given = {key for key, value in self.options.items() if value and (key, value) != ("bias", "none")}
+        return "lora" if self.method.upper() == "LORA" and given <= PLAIN_LORA else "other"
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -155,7 +155,7 @@ class Peft(Adapter):
             options = {key: value for key, value in options.items() if key not in _MEANINGS}
         initial = options.get("init_lora_weights", True)
         if initial not in MADE_BY_PEFT:
-            made = ", ".join(["true", "false", "gaussian", "orthogonal", *MADE_HERE])
+            made = ", ".join(["true", "false", "gaussian", "orthogonal", *(MADE_HERE if name == "LORA" else [])])
             raise ConfigError("adapter.options.init_lora_weights", initial, f"one of {made}")
         try:
             return cls(**options)

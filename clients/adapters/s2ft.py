@@ -38,7 +38,8 @@ class S2FT(Adapter):
 
     The channels are drawn from the key (seed, "s2ft", layer, number of channels), the same for all clients. So modules
     of one layer with as many channels take the same ones: those that go out of a feed-forward block's first map are
-    those that go into its second.
+    those that go into its second, and those that go out of the values' map go into attention's last one (unless heads
+    share values).
     """
 
     rank: int = setting(8, ge=1, help="channels of each module that train")

@@ -1,4 +1,4 @@
-"""SoRA: ``W = W0 + s B diag(g) A`` with a gate g ``(rank,)``; A, B and g train (Ding et al., arXiv 2311.11696, eq. 4).
+"""SoRA: ``W = W0 + s B diag(g) A`` with a gate g ``(rank,)``; A, B and g train (Ding et al., arXiv 2311.11696).
 
 A gate of zero switches its rank off. ``local=sora`` drives gates to zero; any other local algorithm trains them alone.
 """

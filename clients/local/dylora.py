@@ -36,7 +36,7 @@ class DyLoRA(LocalTraining):
     bring in the run's seed.
 
     ``frozen`` trains row b of A and column b of B alone (the authors' "frozen" mode). What is not trained has gradient
-    zero, as theirs has: an optimiser with a momentum still moves it by what it remembers.
+    zero: an optimiser with a momentum still moves it by what it remembers.
     """
 
     min_rank: int = setting(1, ge=1, help="smallest rank that is drawn")
@@ -88,7 +88,7 @@ class DyLoRA(LocalTraining):
         if getattr(adapter, "rslora", False):
             allowed = "false with local=dylora: an adapter of rank b has the scale alpha/b"
             raise ConfigError("adapter.rslora", True, allowed)
-        if self.min_rank > max(getattr(adapter, "ranks", (self.min_rank,))):
+        if self.min_rank > max(getattr(adapter, "ranks", ()), default=self.min_rank):
             raise ConfigError("local.min_rank", self.min_rank, "at most adapter.rank")
 
 

@@ -1,14 +1,14 @@
 """LoRA-Pro: gradients of A and B whose joint step is as near as can be to full fine-tuning's (arXiv 2407.18242).
 
 A step ``dA, dB`` changes the weight by ``s (B dA + dB A)`` to first order. With G the gradient of the weight, so that
-``gA = s B^T G`` and ``gB = s G A^T``, the step nearest to G in the Frobenius norm is (Wang et al., theorem 2.1)
+``gA = s B^T G`` and ``gB = s G A^T``, the step nearest to G in the Frobenius norm is (Wang et al.)
 
     gA* = 1/s^2 (B^T B)^+ gA + X A
     gB* = 1/s^2 (I - P_B) gB (A A^T)^+ - B X                  P_B = B (B^T B)^+ B^T
     s (B gA* + gB* A) = P_B G + (I - P_B) G P_A               P_A = A^T (A A^T)^+ A
 
 for any X ``(r, r)``: the projection of G on the tangent space of the matrices ``s B A``, whatever s and however the
-product is split into factors. X is the one that keeps gA* and gB* nearest to gA and gB (theorem 2.3):
+product is split into factors. X is the one that keeps gA* and gB* nearest to gA and gB:
 
     B^T B X + X A A^T = -1/s^2 (B^T B)^+ gA A^T,
 

@@ -2,7 +2,7 @@
 
 The objective is ``l(A, g, B) + lambda |g|_1``. After each optimiser step on l, of learning rate eta, each gate passes
 
-    prox(g) = argmin_x (x - g)^2 / (2 eta) + lambda |x| = sign(g) max(|g| - eta lambda, 0).        (eqs. 6, 7)
+    prox(g) = argmin_x (x - g)^2 / (2 eta) + lambda |x| = sign(g) max(|g| - eta lambda, 0).
 """
 
 from __future__ import annotations

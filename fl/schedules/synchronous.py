@@ -60,7 +60,7 @@ class Synchronous(Schedule):
             when = start + (job.total if job.dropped_at is None else job.dropped_at)
             queue.push(when, Priority.ARRIVE, client, _Arrival(checked, up, 0 if client in heard else down[client]))
             heard.add(client)
-        once = sum(world.downlink.once(c, server.space.trains(round), requests[c].extra) for c in asked)
+        once = sum(world.downlink.once(server, c, server.space.trains(round), requests[c].extra) for c in asked)
         for client in acknowledged:
             world.downlink.heard(client, server.version)
         if self.deadline_s is not None:

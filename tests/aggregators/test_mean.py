@@ -21,7 +21,9 @@ LAYOUT = Layout(("lora_A", "lora_B", "head.weight", "head.bias"), ((4, 6), (10, 
 
 
 def server() -> ServerState:
-    return ServerState(generator(0, "server").normal(size=LAYOUT.size).astype(np.float32), Space(LAYOUT), version=7, round=3)
+    return ServerState(
+        generator(0, "server").normal(size=LAYOUT.size).astype(np.float32), Space(LAYOUT), version=7, round=3
+    )
 
 
 def update(client: int, examples: int = 1, vector: np.ndarray | None = None, **fields) -> Update:

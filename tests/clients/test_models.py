@@ -13,6 +13,7 @@ from clients.data.sources.tiny import Tiny
 from clients.models import MiniLM, Shape, SmolLM2, TinyDecoder, TinyEncoder, minilm, smollm2
 from clients.models.pooled import masked_mean
 from clients.models.random_weights import from_config
+from fl.config import build
 from fl.errors import ConfigError, ShoalError
 from fl.keys import generator, seeded_globals
 
@@ -242,3 +243,41 @@ def test_smollm2_knows_the_capital_of_france():
         logits = base.module(**inputs(base.tokenizer, ["The capital of France is"])).logits
     assert base.tokenizer.decode(logits[0, -1].argmax()) == " Paris"
     assert base.tokenizer.pad_token and base.module.config.use_cache is False
+
+
+@pytest.mark.parametrize("make", [TinyEncoder, lambda **m: Shape(config=SMALL, **m)], ids=["tiny", "shape"])
+def test_a_head_of_the_deviation_asked_for_comes_from_the_seed_alone(make):
+    def head(seed, **more):
+        base = make(**more).load(3, seed)
+        return base, base.module.get_submodule(base.head)
+
+    _, drawn = head(5, head_std=0.3)
+    width = drawn.weight.numel()
+    assert drawn.weight.std().item() == pytest.approx(0.3, rel=4 / (2 * width) ** 0.5) and not drawn.bias.any()
+    with seeded_globals("something else"):
+        _, again = head(5, head_std=0.3)
+        untouched = torch.rand(1)
+    with seeded_globals("something else"):
+        assert torch.equal(torch.rand(1), untouched)
+    assert torch.equal(again.weight, drawn.weight) and not torch.equal(head(6, head_std=0.3)[1].weight, drawn.weight)
+    torch.testing.assert_close(head(5, head_std=0.6)[1].weight, 2 * drawn.weight)
+    plain, zero = head(5)
+    assert not zero.weight.any() and not zero.bias.any()
+    assert torch.equal(next(plain.module.parameters()), next(head(5, head_std=0.3)[0].module.parameters()))
+
+
+def test_a_zero_head_passes_no_gradient_on_and_a_drawn_one_does():
+    for std, passes in ((0.0, False), (0.1, True)):
+        base = TinyEncoder(head_std=std).load(3, 0)
+        weight = base.module.get_parameter("backbone.encoder.layer.0.attention.self.query.weight").requires_grad_()
+        logits = base.module(**inputs(base.tokenizer, ["the ferry was bright"])).logits
+        (found,) = torch.autograd.grad(F.cross_entropy(logits, torch.tensor([1])), [weight])
+        assert bool(found.any()) == passes
+        assert TinyEncoder(head_std=std).zero_head != passes
+    assert not TinyDecoder().zero_head  # a language model has no new head
+
+
+def test_the_heads_deviation_is_part_of_the_fingerprint_and_cant_be_negative():
+    assert TinyEncoder(head_std=0.1).fingerprint() != TinyEncoder().fingerprint()
+    with pytest.raises(ConfigError, match=r"model\.head_std=-1"):
+        build({"head_std": -1.0}, "model", TinyEncoder)

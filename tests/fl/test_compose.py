@@ -216,3 +216,23 @@ def test_what_is_no_list_is_refused_by_name(words, key):
 
 def test_flat_settings_have_dotted_keys():
     assert flat({"a": {"b": 1, "c": {"d": None}}, "e": [1], "f": {}}) == {"a.b": 1, "a.c.d": None, "e": [1], "f": {}}
+
+
+@pytest.mark.parametrize(
+    ("words", "init"),
+    [
+        (["adapter=lora_xs"], {"_target_": "clients.adapters.initial.lora_xs.LoRAXS", "std": 1e-5}),
+        (["adapter/init=lora_xs"], {"_target_": "clients.adapters.initial.lora_xs.LoRAXS", "std": 1e-5}),
+        (["adapter=lora_xs", "adapter.init.source=public"], {"source": "public"}),  # what was typed is not dropped
+        (["adapter=lora_sb"], {"source": "public"}),
+    ],
+)
+def test_what_a_preset_sets_inside_a_replaced_option_goes_with_it(words, init):
+    found = compose(["experiment=fed_sb", *words])[0]["adapter"]["init"]
+    assert found.items() >= init.items()
+    assert ("source" in found) == ("source" in init)
+
+
+def test_so_does_what_a_preset_has_from_another_one():
+    assert "alpha" not in compose(["experiment=fedsvd", "partition=iid"])[0]["partition"]
+    assert compose(["experiment=fedsvd"])[0]["partition"]["alpha"] == 0.5

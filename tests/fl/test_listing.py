@@ -169,3 +169,12 @@ sys.exit(", ".join(sorted(heavy & set(sys.modules))) or 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_group_may_be_asked_for_in_the_plural(capsys):
+    listing.show("aggregators", as_json=True)
+    plural = capsys.readouterr().out
+    listing.show("aggregator", as_json=True)
+    assert plural == capsys.readouterr().out
+    with pytest.raises(ConfigError, match="aggregatorss"):
+        listing.show("aggregatorss")

@@ -1,6 +1,7 @@
 """The report: what is read from run folders, the statistics over seeds, and pages that hold what they must."""
 
 import csv
+import dataclasses
 import json
 import re
 import statistics
@@ -639,6 +640,16 @@ def test_columns_are_those_that_say_something(tmp_path):
     assert "lr" not in [column.head for column in columns(made, tuned=False)]
     said = " ".join(notes(made))
     assert "With one seed no gap is resolved" in said and "target" not in said and "Error" not in said
+
+
+def test_a_target_that_only_some_seeds_reach_says_how_many(variants):
+    made = compare(load_all([variants]))
+    some = dataclasses.replace(made.tuned[0], target_rounds=Spread.of([3.0]), target_bytes=Spread.of([2e6]))
+    cells = {column.head: column.cell(some) for column in columns(made)}
+    assert (cells["rounds to 70.0 %"], cells["bytes to 70.0 %"]) == ("3.0 (1 of 2)", "2.00 MB (1 of 2)")
+    both = dataclasses.replace(some, target_rounds=Spread.of([3.0, 4.0]), target_bytes=Spread.of([2e6, 2e6]))
+    cells = {column.head: column.cell(both) for column in columns(made)}
+    assert (cells["rounds to 70.0 %"], cells["bytes to 70.0 %"]) == ("3.5 ± 0.7", "2.00 MB")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def space_of(
     head: bool = True,
     fixed: int | None = None,
 ) -> Space:
-    """The space of an adapter of ``form``; clients are dealt ``ranks`` and ``alphas``, module ``fixed`` does not vary."""
+    """The space of an adapter of ``form``; clients are dealt ``ranks`` and ``alphas``, but not at module ``fixed``."""
     names: list[str] = []
     shapes: list[tuple[int, ...]] = []
     groups: list[str] = []

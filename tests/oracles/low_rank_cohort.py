@@ -1,7 +1,7 @@
 """The slow twin of adapters of factors: the plain base with each weight replaced by ``W0 + change``, dense, no PEFT.
 
-A client's change is ``s_i B_i A_i`` or ``s_i B_i R_i A_i`` of its own leading block, built here as a matrix; its loss is
-the mean of its samples', each by itself at its own length.
+A client's change is ``s_i B_i A_i`` or ``s_i B_i R_i A_i`` of its own leading block, built here as a matrix; its loss
+is the mean of its samples', each by itself at its own length.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def logits(base: nn.Module, changes: Mapping[str, Tensor], head: Mapping[str, Te
     weights = {}
     for name, delta in changes.items():
         layer = base.get_submodule(name.removeprefix(PREFIX))
-        weights[name.removeprefix(PREFIX) + ".weight"] = layer.weight + (delta.T if isinstance(layer, Conv1D) else delta)
+        weights[name.removeprefix(PREFIX) + ".weight"] = layer.weight + (
+            delta.T if isinstance(layer, Conv1D) else delta
+        )
     for name, value in head.items():
         weights[name.removeprefix(PREFIX).replace("modules_to_save.default.", "")] = value
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -108,12 +110,12 @@ def gradients(
 
 def train(
     base: nn.Module, space: Space, tensors: Mapping[str, Tensor], groups: Sequence[str], batches: Sequence[Batch],
-    lr: float, **more,
+    lr: float, weight_decay: float = 0.01, **more,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The tensors of ``groups`` after a step of AdamW for each of ``batches``, by name."""
     wanted = [n for n, g in zip(space.layout.names, space.groups, strict=True) if g in groups]
     leaves = {n: t.detach().clone().requires_grad_(n in wanted) for n, t in tensors.items()}
-    optimizer = torch.optim.AdamW([leaves[n] for n in wanted], lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([leaves[n] for n in wanted], lr=lr, weight_decay=weight_decay)
     for batch in batches:
         optimizer.zero_grad()
         loss(base, space, leaves, batch, **more).backward()

@@ -1,4 +1,4 @@
-"""Slow twins of the client-side LoRA variants: whole weights' gradients, dense projections, PEFT models of each rank."""
+"""Slow twins of the client-side variants of LoRA: whole weights' gradients, projections, PEFT models of each rank."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def weight_gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 
 def projection(a: Tensor, b: Tensor, gradient: Tensor) -> Tensor:
-    """The matrix of the form ``B Y + Z A`` nearest to ``gradient`` ``(d, k)``, by least squares over all of its entries.
+    """The matrix of the form ``B Y + Z A`` nearest to ``gradient`` ``(d, k)``, by least squares over all its entries.
 
     A's rows or B's columns may be dependent.
     """

@@ -126,7 +126,7 @@ def test_r_squared_numbers_a_module_and_the_head_train():
 
 
 def test_only_starts_of_b_r_a_are_taken():
-    with pytest.raises(ConfigError, match=r"adapter\.init='Kaiming'.*one for B R A"):
+    with pytest.raises(ConfigError, match=r"adapter\.init='Kaiming'.*without an R"):
         BRA(init=Kaiming())
-    with pytest.raises(ConfigError, match=r"adapter\.init='LoRASB'.*one for B A"):
+    with pytest.raises(ConfigError, match=r"adapter\.init='LoRASB'.*for adapters B R A"):
         Gated(init=LoRASB())

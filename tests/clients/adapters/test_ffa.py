@@ -14,7 +14,7 @@ from clients.cohort import Cohort, CohortBatch
 from clients.stacked import StackedLayer
 from fl.errors import ConfigError
 from tests.oracles import low_rank_cohort as dense
-from tests.oracles.cohorts import ADAPTERS, apart, states
+from tests.oracles.cohorts import apart, states
 from tests.oracles.cohorts import build as build_any
 from tests.oracles.models import FAMILIES, batches, tiny
 

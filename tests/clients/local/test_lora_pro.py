@@ -94,7 +94,7 @@ def test_the_step_depends_neither_on_the_scale_nor_on_how_the_product_is_split()
 
 
 def test_a_direction_that_is_too_short_counts_as_absent():
-    """Of a column 1e-5 as long as the others: dropped, its gradient stays bounded, and the step is still a projection."""
+    """Of a column 1e-5 as long as the others: its gradient stays bounded, and the step is still a projection."""
     a, b = deficient("full")
     b[:, 2] *= 1e-5
     gradient = normal(D, K, seed=3)
@@ -108,7 +108,7 @@ def test_a_direction_that_is_too_short_counts_as_absent():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_in_a_cohort_it_is_the_projection_of_each_slots_own_weight_gradient(family):
-    """Against dl/dW of the merged model, with different scales of the slots' clients; a head's gradient is as it was."""
+    """Against dl/dW of the merged model; the slots' clients have different scales. A head's gradient is as it was."""
     alphas = [5.0, 2.0]
     cohort = spaced(family, LoRA(rank=[3, 3], alpha=alphas))
     at, both = states(cohort, 2), batches(cohort.task, [2, 3])
