@@ -68,8 +68,7 @@ def completion(rows: np.ndarray, old: np.ndarray) -> np.ndarray:
     if missing == 0:
         return old[:0]
     rest = old - product(product(old, rows.T), rows)
-    rest -= product(
-        product(rest, rows.T), rows
-    )  # twice: the first leaves a rounding error of the size of what was taken away
+    # twice: the first leaves a rounding error of the size of what was taken away
+    rest -= product(product(rest, rows.T), rows)
     vt = svd(np.eye(len(rest)), rest, min(missing, old.shape[1] - len(rows)))[2]
     return np.concatenate([vt, old[: missing - len(vt)]])  # more rows than columns: no direction is free

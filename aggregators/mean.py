@@ -1,24 +1,13 @@
-"""Federated averaging: the weighted mean of the clients' updates (FedAvg; on LoRA factors, FedIT).
-
-    Delta = sum_i w_i u_i / sum_i w_i,     x' = x + Delta  (with the default server optimiser)
-
-with ``u_i = y_i - x`` the client's adapter after training minus the one it started from, and ``w_i`` its number of
-examples (McMahan et al. 2017, arXiv 1602.05629, Algorithm 1) or 1. Averaging updates instead of adapters is the same
-when all clients start from the server's present version, and the only sensible thing when they don't.
-
-The factors A and B are averaged one by one (FedIT, arXiv 2305.05644). The mean of the products B_i A_i is another
-thing: the two differ as soon as both factors differ between clients.
-"""
+"""Weighted means of updates, in float64."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from aggregators.base import Aggregator, ServerOptimizer, in_client_order, move, normalised
-from fl.state import ServerState, Update
+from aggregators.base import normalised
+from fl.state import Update
 
 # Columns that are summed at a time: the float64 sum and one product stay in a core's cache (2 x 256 KiB).
 _COLUMNS = 32_768
@@ -62,22 +51,3 @@ def combined(updates: Sequence[Update], shares: np.ndarray) -> tuple[np.ndarray,
     for share, update, mine in zip(shares, updates, owned, strict=True):
         mean[np.searchsorted(columns, mine)] += share * update.vector.astype(np.float64)
     return mean, columns
-
-
-@dataclass(frozen=True)
-class FedAvg(Aggregator):
-    """Weighted mean of the updates, then one step of the server optimiser.
-
-    Exact, mixed ranks included, where the weight change is linear in what trains (one factor, or R); with both factors
-    in training it is FedIT.
-    """
-
-    mixed = ("b", "alternating", "core", "slice")
-
-    def aggregate(
-        self, server: ServerState, updates: Sequence[Update], optimizer: ServerOptimizer | None = None
-    ) -> ServerState:
-        ordered = in_client_order(updates)
-        mean, columns = combined(ordered, self.shares(ordered))
-        label = "" if columns is None else f"{columns[0]}+{len(columns)}/" if len(columns) else ""
-        return move(server, mean, optimizer, columns, label)

@@ -5,31 +5,18 @@
 
 (Chen et al., arXiv 2409.02346 and 2502.01755.) The first round trains B: from ``B = 0``, A would have no gradient.
 Which factor trains is the adapter's part (`adapter=rolora`); here is what becomes of it.
-
-Clients of a lower rank count as having zeros beyond it, which is exact too. That is where it differs from
-`aggregators.mean.FedAvg`, which leaves those ranks where they are and adds the mean of the changes to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from aggregators.base import Aggregator, ServerOptimizer
-from aggregators.factored import advance, heard, mean_step
-from fl.state import ServerState, Update
+from aggregators.fedavg import FedAvg
 
 
 @dataclass(frozen=True)
-class RoLoRA(Aggregator):
+class RoLoRA(FedAvg):
     """The mean of the factor that trained in this round: exact, as the other factor is common."""
 
     takes = ("alternating",)
     mixed = ("alternating",)
-
-    def aggregate(
-        self, server: ServerState, updates: Sequence[Update], optimizer: ServerOptimizer | None = None
-    ) -> ServerState:
-        ordered, shares = heard(self, updates)
-        step, columns = mean_step(server, ordered, shares)
-        return advance(server, step, columns, optimizer)

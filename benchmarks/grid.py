@@ -65,7 +65,7 @@ def by_call(state: np.ndarray, clients: int, round: int) -> None:
 
 def over(grid: InProcessGrid | CohortGrid, name: Callable[[int], int], whole: bool) -> Callable:
     """A function that asks all clients of ``grid`` once and checks what comes back."""
-    validator = Validator(LAYOUT, 0, max_norm=1e4)
+    validator = Validator(LAYOUT, lambda request: request.state.size, max_norm=1e4)
 
     def ask(state: np.ndarray, clients: int, round: int) -> None:
         asked = requests(state, clients, round)
@@ -73,7 +73,6 @@ def over(grid: InProcessGrid | CohortGrid, name: Callable[[int], int], whole: bo
         ids = grid.push_messages([Message(r, name(c), "train") for c, r in enumerate(records)])
         replies = grid.pull_messages(ids)
         if whole:
-            validator.size = state.size
             sizes = [payload_bytes(record) for record in records]
             sizes += [payload_bytes(reply.content) for reply in replies]
             checked = [validator.check(reply, request) for reply, request in zip(replies, asked, strict=True)]

@@ -7,7 +7,7 @@ One module, float32 updates of all clients, one thread as in a run's parent proc
 in turn, `--repeats` times over (fewer where they take long):
 
 * ``rule``: its `aggregate`;
-* ``mean``: plain averaging (`aggregators.mean.FedAvg`) of the same updates; the ratio is of the medians;
+* ``mean``: plain averaging (`aggregators.fedavg.FedAvg`) of the same updates; the ratio is of the medians;
 * ``dense``: what the rule would do with matrices of the size of the weights: the mean of the clients' products, one
   product at a time, less the new adapter's (FedEx), and its SVD (FlexLoRA, and FedEx cut to a rank). For FedSVD, the
   SVD of the product of the mean factors. Once each, as it takes long; rules that only average have none.
@@ -33,13 +33,13 @@ import torch
 
 from aggregators.base import Aggregator
 from aggregators.factored import relative_error
+from aggregators.fedavg import FedAvg
 from aggregators.fedex import FedEx
 from aggregators.fedsb import FedSB
 from aggregators.fedsvd import FedSVD
 from aggregators.flexlora import FlexLoRA
 from aggregators.flora import FLoRA
 from aggregators.hetlora import HetLoRA
-from aggregators.mean import FedAvg
 from aggregators.rolora import RoLoRA
 from clients.adapters.space import Module, Space
 from clients.layout import Layout

@@ -125,7 +125,7 @@ class StackedLoRA(Stacked):
             low = low * (core.unsqueeze(1) if core.dim() == 2 else core) if gate else _through(low, core)
         gain = self.slots.gains.get(self.names[self.core_name or self.b_name])
         if gain is not None:
-            low = low * gain.to(low.dtype)
+            low = (low * gain).to(low.dtype)
         b = self.tensor(self.b_name).to(x.dtype)
         flat = y.reshape(slots, -1, y.shape[-1])
         if b.dim() == 3:

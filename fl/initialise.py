@@ -64,14 +64,6 @@ def initialise(world: World, experiment: Experiment) -> Event | None:
     init = experiment.settings.adapter.initialisation
     if init is None:
         return None
-    if init.statistic == "gradient" and experiment.settings.model.zero_head:
-        # Refused before anybody is asked: noise would hide that every gradient is zero.
-        raise ConfigError(
-            "model.head_std",
-            0.0,
-            f"above 0 with adapter.init={type(init).__name__}: a head of zeros passes no gradient on to start from",
-            "Try model.head_std=0.02.",
-        )
     event: dict[str, Any] = {"event": "initialise", "round": 0, "statement": None, "bytes_down": 0, "bytes_up": 0}
     flat, count = None, 1
     if isinstance(init, DataDriven):

@@ -45,7 +45,8 @@ class ServerState:
 
     def __post_init__(self) -> None:
         if self.vector.dtype not in (np.float32, np.float64) or self.vector.shape != (self.layout.size,):
-            raise ValueError(f"vector is {self.vector.dtype} {self.vector.shape}; it has to be float32 ({self.layout.size},)")
+            wanted = f"it has to be float32 ({self.layout.size},)"
+            raise ValueError(f"vector is {self.vector.dtype} {self.vector.shape}; {wanted}")
 
     @property
     def layout(self) -> Layout:

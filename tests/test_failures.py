@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aggregators.mean import FedAvg, weighted_mean
+from aggregators.fedavg import FedAvg
+from aggregators.mean import weighted_mean
 from clients.behaviours.faulty import Faulty
 from fl import checkpoint
 from fl.cli import main

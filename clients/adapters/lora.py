@@ -68,7 +68,7 @@ class Factors(Adapter):
                     raise ConfigError(f"adapter.{name}.{key}", value, "a positive number")
         self.init.check(self.shape)
         if self.init.changes_base and self.mixed_ranks:
-            allowed = "one that leaves the base as it is: a client of a lower rank would not start at the base's weights"
+            allowed = "one that leaves the base as it is: with a lower rank the start would not be the base's weights"
             raise ConfigError("adapter.init", type(self.init).__name__, allowed, "Or one rank for all clients.")
 
     @property

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from aggregators.factored import MAX_STACK, end, factors, mean_step, qr, relative_error, stacks, svd
+from aggregators.fedavg import FedAvg
 from aggregators.hetlora import HetLoRA
-from aggregators.mean import FedAvg
 from aggregators.rolora import RoLoRA
 from clients.adapters.base_change import Piece
 from fl.keys import generator

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from aggregators.fedavg import FedAvg
 from aggregators.fedex import FedEx
 from aggregators.flora import FLoRA
-from aggregators.mean import FedAvg
 from fl.config import build
 from fl.errors import ConfigError
 from tests.oracles import low_rank as oracle

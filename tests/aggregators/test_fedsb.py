@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from aggregators.fedavg import FedAvg
 from aggregators.fedsb import FedSB
-from aggregators.mean import FedAvg
 from aggregators.server_optimizers import FedAdam
 from fl.config import build
 from fl.errors import ConfigError

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from aggregators.fedavg import FedAvg
 from aggregators.fedsvd import FedSVD
-from aggregators.mean import FedAvg
 from clients.adapters.space import Space
 from fl.config import build
 from fl.errors import ConfigError

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from aggregators.fedavg import FedAvg
 from aggregators.hetlora import HetLoRA, norms
-from aggregators.mean import FedAvg
 from fl.state import Update
 from tests.oracles import low_rank as oracle
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aggregators.base import Aggregator
+from aggregators.fedavg import FedAvg
 from aggregators.fedex import FedEx
 from aggregators.fedsb import FedSB
 from aggregators.fedsvd import FedSVD
 from aggregators.flexlora import FlexLoRA
 from aggregators.flora import FLoRA
 from aggregators.hetlora import HetLoRA
-from aggregators.mean import FedAvg
 from aggregators.rolora import RoLoRA
 from aggregators.server_optimizers import SGD, FedAdam
 from fl.errors import ConfigError, RunStopped

@@ -7,7 +7,8 @@ import yaml
 
 from aggregators import mean as mean_module
 from aggregators.base import Aggregator, in_client_order
-from aggregators.mean import FedAvg, weighted_mean
+from aggregators.fedavg import FedAvg
+from aggregators.mean import weighted_mean
 from aggregators.server_optimizers import SGD, FedAdam
 from clients.adapters.space import Space
 from clients.layout import Layout
@@ -169,6 +170,6 @@ def test_an_adapter_that_overflows_stops_the_run():
 def test_settings():
     values = yaml.safe_load((Path(__file__).parents[2] / "configs" / "aggregator" / "fedavg.yaml").read_text())
     assert build(values, "aggregator", Aggregator) == FedAvg("examples")
-    assert build({"_target_": "aggregators.mean.FedAvg", "weights": "uniform"}, "aggregator") == FedAvg("uniform")
+    assert build({"_target_": "aggregators.fedavg.FedAvg", "weights": "uniform"}, "aggregator") == FedAvg("uniform")
     with pytest.raises(ConfigError, match=r"aggregator\.weights='size'.*examples, uniform"):
-        build({"_target_": "aggregators.mean.FedAvg", "weights": "size"}, "aggregator")
+        build({"_target_": "aggregators.fedavg.FedAvg", "weights": "size"}, "aggregator")

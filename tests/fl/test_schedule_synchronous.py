@@ -9,7 +9,7 @@ from flwr.app import Error, Message
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 
-from aggregators.mean import FedAvg
+from aggregators.fedavg import FedAvg
 from aggregators.server_optimizers import SGD
 from clients.adapters.space import Space
 from clients.layout import Layout

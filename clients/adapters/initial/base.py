@@ -144,8 +144,8 @@ class DataDriven(Initialisation):
         what = {"gradient": "summed gradients", "moment": "summed second moments of layer inputs"}[self.statistic]
         if self.source == "public":
             return (
-                f"The adapter's start was computed from the {what} of {self.examples} public examples: it reveals "
-                "nothing about the clients' data."
+                f"The adapter's start was computed from the {what} of up to {self.examples} public examples: it "
+                "reveals nothing about the clients' data."
             )
         if self.source == "client":
             return (

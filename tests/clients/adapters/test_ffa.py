@@ -34,6 +34,7 @@ def with_trained(cohort: Cohort, groups: tuple[str, ...], slots: int) -> tuple[t
 def test_b_has_the_gradient_that_it_has_in_lora_and_that_of_a_dense_model(family):
     cohort = dense.build(family, RANK3)
     groups = cohort.space.trains(1)
+    assert groups == cohort.space.trains(2) == (("B", "head") if family == "bert" else ("B",))
     whole, columns = with_trained(cohort, groups, 3)
     data = batches(cohort.task, [4, 1, 3])
     losses, full = cohort.gradients(whole, CohortBatch.of(data))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from aggregators.mean import FedAvg
+from aggregators.fedavg import FedAvg
 from clients.adapters.s2ft import S2FT
 from clients.cohort import Cohort, CohortBatch
 from fl.config import build as build_settings
