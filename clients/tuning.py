@@ -80,7 +80,8 @@ class Probe:
         cohort = self.built[key]
         groups = cohort.space.trains(1)
         with cohort.training(groups, cohort.initial):
-            return self._seconds(cohort, slots, repeats, cohort.initial[cohort.space.columns(groups)])
+            state = torch.from_numpy(cohort.initial.numpy()[cohort.space.columns(groups)])
+            return self._seconds(cohort, slots, repeats, state)
 
     def _seconds(self, cohort: Cohort, slots: int, repeats: int, state: torch.Tensor) -> float:
         states = state.to(cohort.device).repeat(slots, 1)

@@ -15,7 +15,7 @@ import torch
 
 from clients.adapters import statistics
 from clients.adapters.base_change import Piece
-from clients.adapters.initial.base import DataDriven
+from clients.adapters.initial.base import DataDriven, Site
 from clients.trainer import Trainer
 from fl.errors import ConfigError, RunStopped
 from fl.keys import generator, torch_generator
@@ -75,9 +75,8 @@ def initialise(world: World, experiment: Experiment) -> Event | None:
     vector, base = world.server.vector.copy(), {}
     for module, a, b, core in world.server.space.factors(vector):
         key = torch_generator(world.seed, "initialise", module.name)
-        start = init.start(
-            statistics.weight(frozen[module.name]), parts.get(module.name), module.rank, module.scale, key, count
-        )
+        weight = statistics.weight(frozen[module.name])
+        start = init.start(Site(weight, parts.get(module.name), module.rank, module.scale, key, count))
         a[:], b[:] = start.a.numpy(), start.b.numpy()
         if core is not None and start.core is not None:
             core[:] = start.core.numpy()

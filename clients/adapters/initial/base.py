@@ -23,6 +23,23 @@ SOURCES = ("public", "client", "clients", "private")
 
 
 @dataclass
+class Site:
+    """Where an adapter starts: one module.
+
+    ``weight`` is W0 ``(d, k)``, (out, in) whatever the layer's own storage; ``statistic`` what the initialisation asks
+    for (in float64, see `clients.adapters.statistics`) and ``count`` the samples summed in it, which only one that
+    depends on the statistic's scale reads; ``scale`` is s; ``generator`` is on the CPU.
+    """
+
+    weight: Tensor
+    statistic: Tensor | None
+    rank: int
+    scale: float
+    generator: torch.Generator
+    count: int = 1
+
+
+@dataclass
 class Start:
     """The tensors that an adapter of one module begins with, on the CPU, in float32 or the weight's wider precision.
 
@@ -68,22 +85,11 @@ class Initialisation(ABC):
             raise ConfigError("adapter.init", name, "one whose B starts at zero, for an adapter with a gate")
 
     @abstractmethod
-    def start(
-        self,
-        weight: Tensor,
-        statistic: Tensor | None,
-        rank: int,
-        scale: float,
-        generator: torch.Generator,
-        count: int = 1,
-    ) -> Start:
-        """The start of one module.
+    def start(self, site: Site) -> Start:
+        """The start of one module. Randomness is drawn from ``site.generator`` alone.
 
-        ``weight`` is W0 ``(d, k)``, (out, in) whatever the layer's own storage; ``statistic`` what the class asks for
-        (in float64, see `clients.adapters.statistics`) and ``count`` the samples summed in it, which only an
-        initialisation that depends on the statistic's scale reads; ``scale`` is s. Randomness is drawn from
-        ``generator`` (on the CPU) alone. Raises `ConfigError` for a rank that the module can't have and `ShoalError`
-        for a statistic that nothing can be computed from.
+        Raises `ConfigError` for a rank that the module can't have and `ShoalError` for a statistic that nothing can be
+        computed from.
         """
 
 

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from clients.adapters.initial.base import DataDriven, Start, check_rank, exact, needed
+from clients.adapters.initial.base import DataDriven, Site, Start, check_rank, exact, needed
 from clients.adapters.initial.factors import svd
 from fl.config import setting
 from fl.errors import ShoalError
@@ -38,24 +37,16 @@ class CorDA(DataDriven):
     mode: str = setting("ipm", choices=["ipm", "kpm"], help="adapt what the sample uses (ipm) or keep it (kpm)")
     damping: float = setting(0.01, gt=0, help="added to the moment's diagonal, in units of its mean")
 
-    def start(
-        self,
-        weight: Tensor,
-        statistic: Tensor | None,
-        rank: int,
-        scale: float,
-        generator: torch.Generator,
-        count: int = 1,
-    ) -> Start:
-        d, k = weight.shape
-        check_rank(rank, min(d, k))
-        values, vectors = torch.linalg.eigh(needed(statistic, (k, k)))
+    def start(self, site: Site) -> Start:
+        d, k = site.weight.shape
+        check_rank(site.rank, min(d, k))
+        values, vectors = torch.linalg.eigh(needed(site.statistic, (k, k)))
         values = values.clamp(min=0)
         if not values.any():
             raise ShoalError("the inputs' second moment is zero or negative: CorDA needs inputs, or less noise")
         values = values / values.mean() + self.damping  # the mean eigenvalue is the mean of the diagonal
-        u, s, vh = svd(exact(weight) @ (vectors * values) @ vectors.T)
+        u, s, vh = svd(exact(site.weight) @ (vectors * values) @ vectors.T)
         back = (vh @ vectors / values) @ vectors.T  # V^T C^-1, (min(d, k), k)
-        part = slice(rank) if self.mode == "ipm" else slice(len(s) - rank, None)
-        root = (s[part] / scale).sqrt()
-        return Start.of(weight, root[:, None] * back[part], u[:, part] * root, cancel=scale)
+        part = slice(site.rank) if self.mode == "ipm" else slice(len(s) - site.rank, None)
+        root = (s[part] / site.scale).sqrt()
+        return Start.of(site.weight, root[:, None] * back[part], u[:, part] * root, cancel=site.scale)

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from clients.adapters.initial.base import DataDriven, Start, check_rank, needed
+from clients.adapters.initial.base import DataDriven, Site, Start, check_rank, needed
 from clients.adapters.initial.factors import signs
 
 
@@ -32,16 +31,8 @@ class EVA(DataDriven):
 
     statistic: ClassVar[str] = "moment"
 
-    def start(
-        self,
-        weight: Tensor,
-        statistic: Tensor | None,
-        rank: int,
-        scale: float,
-        generator: torch.Generator,
-        count: int = 1,
-    ) -> Start:
-        d, k = weight.shape
-        check_rank(rank, k, "the inputs of each adapted weight")
-        vectors = torch.linalg.eigh(needed(statistic, (k, k)))[1].flip(1)[:, :rank]  # (k, r), descending
-        return Start.of(weight, (vectors * signs(vectors)).T, torch.zeros(d, rank))
+    def start(self, site: Site) -> Start:
+        d, k = site.weight.shape
+        check_rank(site.rank, k, "the inputs of each adapted weight")
+        vectors = torch.linalg.eigh(needed(site.statistic, (k, k)))[1].flip(1)[:, : site.rank]  # (k, r), descending
+        return Start.of(site.weight, (vectors * signs(vectors)).T, torch.zeros(d, site.rank))

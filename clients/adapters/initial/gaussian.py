@@ -5,24 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from clients.adapters.initial.base import Initialisation, Start
+from clients.adapters.initial.base import Initialisation, Site, Start
 
 
 @dataclass(frozen=True)
 class Gaussian(Initialisation):
     """A Gaussian of standard deviation 1/rank, B zero. Drawn in float32, as PEFT does."""
 
-    def start(
-        self,
-        weight: Tensor,
-        statistic: Tensor | None,
-        rank: int,
-        scale: float,
-        generator: torch.Generator,
-        count: int = 1,
-    ) -> Start:
-        d, k = weight.shape
-        a = torch.empty(rank, k).normal_(std=1 / rank, generator=generator)
-        return Start.of(weight, a, torch.zeros(d, rank))
+    def start(self, site: Site) -> Start:
+        d, k = site.weight.shape
+        a = torch.empty(site.rank, k).normal_(std=1 / site.rank, generator=site.generator)
+        return Start.of(site.weight, a, torch.zeros(d, site.rank))

@@ -10,24 +10,16 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from clients.adapters.initial.base import Initialisation, Start
+from clients.adapters.initial.base import Initialisation, Site, Start
 
 
 @dataclass(frozen=True)
 class Kaiming(Initialisation):
     """A Kaiming-uniform, B zero. Drawn in float32, so that the same generator gives PEFT's own numbers."""
 
-    def start(
-        self,
-        weight: Tensor,
-        statistic: Tensor | None,
-        rank: int,
-        scale: float,
-        generator: torch.Generator,
-        count: int = 1,
-    ) -> Start:
-        d, k = weight.shape
-        a = nn.init.kaiming_uniform_(torch.empty(rank, k), a=math.sqrt(5), generator=generator)
-        return Start.of(weight, a, torch.zeros(d, rank))
+    def start(self, site: Site) -> Start:
+        d, k = site.weight.shape
+        a = nn.init.kaiming_uniform_(torch.empty(site.rank, k), a=math.sqrt(5), generator=site.generator)
+        return Start.of(site.weight, a, torch.zeros(d, site.rank))

@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from clients.adapters.initial.base import DataDriven, Start, check_rank, exact, needed
+from clients.adapters.initial.base import DataDriven, Site, Start, check_rank, exact, needed
 from clients.adapters.initial.factors import svd
 from fl.config import setting
 
@@ -51,31 +51,23 @@ class LoRAGA(DataDriven):
     gamma: float = setting(16.0, gt=0, help="larger is a shorter start, for scale=stable")
     rule: str = setting("peft", choices=["peft", "authors"], help="with singular values in B (peft) or none (authors)")
 
-    def start(
-        self,
-        weight: Tensor,
-        statistic: Tensor | None,
-        rank: int,
-        scale: float,
-        generator: torch.Generator,
-        count: int = 1,
-    ) -> Start:
-        d, k = weight.shape
-        check_rank(rank, min(d, k) // 2, "half of the smaller side of each adapted weight")
-        u, s, vh = svd(needed(statistic, (d, k)) / count)
-        for_a, for_b = self._vectors(rank, generator)
+    def start(self, site: Site) -> Start:
+        d, k = site.weight.shape
+        check_rank(site.rank, min(d, k) // 2, "half of the smaller side of each adapted weight")
+        u, s, vh = svd(needed(site.statistic, (d, k)) / site.count)
+        for_a, for_b = self._vectors(site.rank, site.generator)
         a, b = vh[for_a], u[:, for_b]
         if self.rule == "authors":
-            factor = self._alike(weight, rank, scale)
-            return Start.of(weight, factor * a, factor * b, cancel=scale)
+            factor = self._alike(site.weight, site.rank, site.scale)
+            return Start.of(site.weight, factor * a, factor * b, cancel=site.scale)
         b = b * s[for_b]
         if self.scale == "stable":
             b = b * d**0.25 / self.gamma**0.5
         elif self.scale == "weight_svd" and s[for_b[0]] > 0:
-            b = b * (torch.linalg.matrix_norm(exact(weight), 2) / s[for_b[0]])
+            b = b * (torch.linalg.matrix_norm(exact(site.weight), 2) / s[for_b[0]])
         elif self.scale == "gd_scale":
-            a, b = a / scale, b / scale
-        return Start.of(weight, a, b, cancel=scale)
+            a, b = a / site.scale, b / site.scale
+        return Start.of(site.weight, a, b, cancel=site.scale)
 
     def _vectors(self, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Indices of the singular vectors that A and B take."""

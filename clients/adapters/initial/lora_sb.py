@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from clients.adapters.initial.base import DataDriven, Start, check_rank, needed
+from clients.adapters.initial.base import DataDriven, Site, Start, check_rank, needed
 from clients.adapters.initial.factors import svd
 from fl.config import setting
 
@@ -34,17 +33,9 @@ class LoRASB(DataDriven):
 
     eta0: float = setting(1e-4, gt=0, help="first learning rate of the full fine-tuning that the start imitates")
 
-    def start(
-        self,
-        weight: Tensor,
-        statistic: Tensor | None,
-        rank: int,
-        scale: float,
-        generator: torch.Generator,
-        count: int = 1,
-    ) -> Start:
-        d, k = weight.shape
-        check_rank(rank, min(d, k))
-        step = -self.eta0 * needed(statistic, (d, k)).sign()
+    def start(self, site: Site) -> Start:
+        d, k = site.weight.shape
+        check_rank(site.rank, min(d, k))
+        step = -self.eta0 * needed(site.statistic, (d, k)).sign()
         u, s, vh = svd(step)
-        return Start.of(weight, vh[:rank], u[:, :rank], torch.diag(s[:rank] / scale))
+        return Start.of(site.weight, vh[: site.rank], u[:, : site.rank], torch.diag(s[: site.rank] / site.scale))

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from clients.adapters.initial.base import Initialisation, Start, check_rank, exact
+from clients.adapters.initial.base import Initialisation, Site, Start, check_rank, exact
 from clients.adapters.initial.factors import svd
 from fl.config import setting
 
@@ -26,16 +25,8 @@ class LoRAXS(Initialisation):
 
     std: float = setting(1e-5, ge=0, help="standard deviation of R at the start")
 
-    def start(
-        self,
-        weight: Tensor,
-        statistic: Tensor | None,
-        rank: int,
-        scale: float,
-        generator: torch.Generator,
-        count: int = 1,
-    ) -> Start:
-        check_rank(rank, min(weight.shape))
-        u, s, vh = svd(exact(weight))
-        core = self.std * torch.randn(rank, rank, generator=generator, dtype=torch.float64)
-        return Start.of(weight, s[:rank, None] * vh[:rank], u[:, :rank], core)
+    def start(self, site: Site) -> Start:
+        check_rank(site.rank, min(site.weight.shape))
+        u, s, vh = svd(exact(site.weight))
+        core = self.std * torch.randn(site.rank, site.rank, generator=site.generator, dtype=torch.float64)
+        return Start.of(site.weight, s[: site.rank, None] * vh[: site.rank], u[:, : site.rank], core)

@@ -11,10 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from clients.adapters.initial.base import Initialisation, Start, check_rank, exact
+from clients.adapters.initial.base import Initialisation, Site, Start, check_rank, exact
 from clients.adapters.initial.factors import qr
 
 
@@ -24,15 +21,7 @@ class OLoRA(Initialisation):
 
     changes_base: ClassVar[bool] = True
 
-    def start(
-        self,
-        weight: Tensor,
-        statistic: Tensor | None,
-        rank: int,
-        scale: float,
-        generator: torch.Generator,
-        count: int = 1,
-    ) -> Start:
-        check_rank(rank, min(weight.shape))
-        q, r = qr(exact(weight))
-        return Start.of(weight, r[:rank], q[:, :rank], cancel=scale)
+    def start(self, site: Site) -> Start:
+        check_rank(site.rank, min(site.weight.shape))
+        q, r = qr(exact(site.weight))
+        return Start.of(site.weight, r[: site.rank], q[:, : site.rank], cancel=site.scale)

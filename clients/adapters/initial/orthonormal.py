@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from clients.adapters.initial.base import Initialisation, Start, check_rank
+from clients.adapters.initial.base import Initialisation, Site, Start, check_rank
 from clients.adapters.initial.factors import orthonormal
 
 
@@ -20,15 +19,7 @@ from clients.adapters.initial.factors import orthonormal
 class Orthonormal(Initialisation):
     """A with random orthonormal rows, B zero. Needs rank <= k."""
 
-    def start(
-        self,
-        weight: Tensor,
-        statistic: Tensor | None,
-        rank: int,
-        scale: float,
-        generator: torch.Generator,
-        count: int = 1,
-    ) -> Start:
-        d, k = weight.shape
-        check_rank(rank, k, "the inputs of each adapted weight")
-        return Start.of(weight, orthonormal(rank, k, generator), torch.zeros(d, rank))
+    def start(self, site: Site) -> Start:
+        d, k = site.weight.shape
+        check_rank(site.rank, k, "the inputs of each adapted weight")
+        return Start.of(site.weight, orthonormal(site.rank, k, site.generator), torch.zeros(d, site.rank))

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from clients.adapters.initial.base import Initialisation, Start, check_rank
+from clients.adapters.initial.base import Initialisation, Site, Start, check_rank
 from clients.adapters.initial.factors import orthonormal
 
 
@@ -22,16 +21,8 @@ class OrthonormalCore(Initialisation):
 
     form: ClassVar[frozenset[str]] = frozenset({"bra"})
 
-    def start(
-        self,
-        weight: Tensor,
-        statistic: Tensor | None,
-        rank: int,
-        scale: float,
-        generator: torch.Generator,
-        count: int = 1,
-    ) -> Start:
-        d, k = weight.shape
-        check_rank(rank, min(d, k))
-        a = orthonormal(rank, k, generator)
-        return Start.of(weight, a, orthonormal(rank, d, generator).T, torch.zeros(rank, rank))
+    def start(self, site: Site) -> Start:
+        d, k = site.weight.shape
+        check_rank(site.rank, min(d, k))
+        a = orthonormal(site.rank, k, site.generator)
+        return Start.of(site.weight, a, orthonormal(site.rank, d, site.generator).T, torch.zeros(site.rank, site.rank))

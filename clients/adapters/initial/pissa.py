@@ -9,10 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from clients.adapters.initial.base import Initialisation, Start, check_rank, exact
+from clients.adapters.initial.base import Initialisation, Site, Start, check_rank, exact
 from clients.adapters.initial.factors import svd
 
 
@@ -22,16 +19,8 @@ class PiSSA(Initialisation):
 
     changes_base: ClassVar[bool] = True
 
-    def start(
-        self,
-        weight: Tensor,
-        statistic: Tensor | None,
-        rank: int,
-        scale: float,
-        generator: torch.Generator,
-        count: int = 1,
-    ) -> Start:
-        check_rank(rank, min(weight.shape))
-        u, s, vh = svd(exact(weight))
-        root = (s[:rank] / scale).sqrt()
-        return Start.of(weight, root[:, None] * vh[:rank], u[:, :rank] * root, cancel=scale)
+    def start(self, site: Site) -> Start:
+        check_rank(site.rank, min(site.weight.shape))
+        u, s, vh = svd(exact(site.weight))
+        root = (s[: site.rank] / site.scale).sqrt()
+        return Start.of(site.weight, root[:, None] * vh[: site.rank], u[:, : site.rank] * root, cancel=site.scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from clients.adapters.initial.base import Site
 from clients.adapters.initial.corda import CorDA
 from fl.errors import ShoalError
 from fl.keys import torch_generator
@@ -21,7 +22,7 @@ INPUTS = draw(1, 60, peft.IN) * torch.linspace(0.3, 3, peft.IN, dtype=torch.floa
 
 def start(mode: str, scale: float = 2.5, moment: torch.Tensor | None = None, **more):
     moment = INPUTS.T @ INPUTS if moment is None else moment
-    return CorDA(mode=mode, **more).start(WEIGHT, moment, 3, scale, torch_generator())
+    return CorDA(mode=mode, **more).start(Site(WEIGHT, moment, 3, scale, torch_generator()))
 
 
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])

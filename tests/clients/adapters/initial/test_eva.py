@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from clients.adapters.initial.base import Site
 from clients.adapters.initial.eva import EVA
 from fl.keys import torch_generator
 from tests.oracles import initial as peft
@@ -19,7 +20,7 @@ INPUTS = draw(1, 60, peft.IN) * SPREAD + 1.5
 
 
 def start(inputs: torch.Tensor, rank: int = 5):
-    return EVA().start(WEIGHT, inputs.T @ inputs, rank, 2.0, torch_generator())
+    return EVA().start(Site(WEIGHT, inputs.T @ inputs, rank, 2.0, torch_generator()))
 
 
 def test_it_is_peft_s_on_inputs_of_mean_zero():
@@ -46,11 +47,11 @@ def test_a_holds_the_leading_singular_vectors_of_all_inputs():
 
 def test_clients_together_begin_where_one_holder_of_all_the_data_would():
     parts = INPUTS.split([10, 35, 15])
-    federated = EVA().start(WEIGHT, sum(p.T @ p for p in parts), 5, 2.0, torch_generator())
+    federated = EVA().start(Site(WEIGHT, sum(p.T @ p for p in parts), 5, 2.0, torch_generator()))
     torch.testing.assert_close(federated.a, start(INPUTS).a, rtol=0, atol=1e-10)
 
 
 def test_noise_that_makes_eigenvalues_negative_does_not_put_them_first():
     moment = torch.diag(torch.tensor([-9.0, 1, 5, -2, 4, 0, 0, 0, 0, 3], dtype=torch.float64))
-    a = EVA().start(WEIGHT, moment, 3, 2.0, torch_generator()).a
+    a = EVA().start(Site(WEIGHT, moment, 3, 2.0, torch_generator())).a
     assert a.argmax(1).tolist() == [2, 4, 9] and a.sum() == 3

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from clients.adapters.initial import DataDriven, Initialisation, Start
+from clients.adapters.initial.base import Site
 from fl.config import build
 from fl.errors import ConfigError, ShoalError
 from fl.keys import torch_generator
@@ -49,7 +50,7 @@ def statistic(init: Initialisation, out: int = OUT, inputs: int = IN) -> torch.T
 def begin(init: Initialisation, out: int = OUT, inputs: int = IN, seed: int = 1, rank: int = RANK, **more) -> Start:
     weight = more.pop("weight", draw("w", out, inputs))
     given = more.pop("statistic", statistic(init, out, inputs))
-    return init.start(weight, given, rank, SCALE, torch_generator(seed, "init"), **more)
+    return init.start(Site(weight, given, rank, SCALE, torch_generator(seed, "init"), **more))
 
 
 def change(start: Start) -> torch.Tensor:

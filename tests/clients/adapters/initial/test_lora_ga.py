@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from clients.adapters.initial.base import Site
 from clients.adapters.initial.lora_ga import LoRAGA
 from fl.keys import torch_generator
 from tests.oracles import initial as peft
@@ -21,7 +22,7 @@ DIRECTIONS = {"ArBr": ([1, 3, 5], [0, 2, 4]), "A2rBr": ([3, 4, 5], [0, 1, 2]), "
 
 def start(direction: str, scale: str, rule: str, s: float = 2.5, count: int = 20):
     init = LoRAGA(direction=direction, scale=scale, rule=rule, gamma=9)
-    return init.start(WEIGHT, 20 * GRADIENT, 3, s, torch_generator("ga", 2), count)
+    return init.start(Site(WEIGHT, 20 * GRADIENT, 3, s, torch_generator("ga", 2), count))
 
 
 @pytest.mark.parametrize("direction", list(DIRECTIONS))

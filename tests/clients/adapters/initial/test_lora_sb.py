@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from clients.adapters.initial.base import Site
 from clients.adapters.initial.lora_sb import LoRASB
 from fl.keys import torch_generator
 
@@ -19,7 +20,7 @@ WEIGHT, GRADIENT = draw(0), draw(1)
 
 
 def start(scale: float, gradient: torch.Tensor = GRADIENT, rank: int = RANK):
-    return LoRASB(eta0=ETA0).start(WEIGHT, gradient, rank, scale, torch_generator())
+    return LoRASB(eta0=ETA0).start(Site(WEIGHT, gradient, rank, scale, torch_generator()))
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 16.0])

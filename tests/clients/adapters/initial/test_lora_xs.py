@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from clients.adapters.initial.base import Site
 from clients.adapters.initial.lora_xs import LoRAXS
 from fl.keys import torch_generator
 
@@ -12,7 +13,7 @@ WEIGHT = torch.randn(9, 14, generator=torch_generator("xs"), dtype=torch.float64
 
 
 def start(std: float = 1e-5, rank: int = 4, scale: float = 1.7, weight: torch.Tensor = WEIGHT):
-    return LoRAXS(std=std).start(weight, None, rank, scale, torch_generator("xs", 1))
+    return LoRAXS(std=std).start(Site(weight, None, rank, scale, torch_generator("xs", 1)))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.7])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from clients.adapters.initial.base import Site
 from clients.adapters.initial.pissa import PiSSA
 from fl.keys import torch_generator
 from tests.oracles import initial as peft
@@ -16,7 +17,7 @@ WEIGHT = torch.randn(peft.OUT, peft.IN, generator=torch_generator("pissa"), dtyp
 @pytest.mark.parametrize("alpha", [3.0, 7.5])
 def test_it_is_peft_s(conv, alpha):
     made = peft.plain(WEIGHT, 3, alpha, "pissa", conv)
-    start = PiSSA().start(WEIGHT, None, 3, alpha / 3, torch_generator())
+    start = PiSSA().start(Site(WEIGHT, None, 3, alpha / 3, torch_generator()))
     sign = (start.a * made.a).sum(1).sign()
     torch.testing.assert_close(start.a, sign[:, None] * made.a, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(start.b, sign * made.b, rtol=1e-4, atol=1e-5)
@@ -24,7 +25,7 @@ def test_it_is_peft_s(conv, alpha):
 
 
 def test_what_is_left_of_the_base_is_the_tail_of_its_spectrum():
-    start = PiSSA().start(WEIGHT, None, 3, 2.5, torch_generator())
+    start = PiSSA().start(Site(WEIGHT, None, 3, 2.5, torch_generator()))
     left = torch.linalg.svdvals(WEIGHT + start.base[0] @ start.base[1])
     torch.testing.assert_close(left[:4], torch.linalg.svdvals(WEIGHT)[3:], rtol=0, atol=1e-13)
     assert left[4:].max() < 1e-13

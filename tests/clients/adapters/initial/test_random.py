@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from clients.adapters.initial.base import Site
 from clients.adapters.initial.gaussian import Gaussian
 from clients.adapters.initial.kaiming import Kaiming
 from clients.adapters.initial.orthonormal import Orthonormal
@@ -20,7 +21,7 @@ KEY = ("random", 1)
 
 @pytest.mark.parametrize(("mine", "theirs"), [(Kaiming(), True), (Gaussian(), "gaussian")], ids=["kaiming", "gaussian"])
 def test_the_numbers_are_peft_s_own_from_the_same_generator(mine, theirs):
-    start = mine.start(WEIGHT, None, 3, 2.0, torch_generator(*KEY))
+    start = mine.start(Site(WEIGHT, None, 3, 2.0, torch_generator(*KEY)))
     layer = torch.nn.Linear(peft.IN, 3, bias=False)
     with seeded_globals(*KEY):
         if theirs is True:
@@ -34,7 +35,7 @@ def test_the_numbers_are_peft_s_own_from_the_same_generator(mine, theirs):
 @pytest.mark.parametrize(("mine", "theirs"), [(Kaiming(), True), (Gaussian(), "gaussian")], ids=["kaiming", "gaussian"])
 def test_the_spread_is_that_of_peft_s_layer(mine, theirs):
     rank = 64
-    a = mine.start(WEIGHT, None, rank, 2.0, torch_generator(*KEY)).a
+    a = mine.start(Site(WEIGHT, None, rank, 2.0, torch_generator(*KEY))).a
     made = peft.plain(WEIGHT, rank, 16, theirs)
     assert a.std().item() == pytest.approx(made.a.std().item(), rel=0.1)
     assert a.abs().max().item() == pytest.approx(made.a.abs().max().item(), rel=0.3)
@@ -42,17 +43,17 @@ def test_the_spread_is_that_of_peft_s_layer(mine, theirs):
 
 
 def test_orthonormal_rows():
-    start = Orthonormal().start(WEIGHT, None, 5, 2.0, torch_generator(*KEY))
+    start = Orthonormal().start(Site(WEIGHT, None, 5, 2.0, torch_generator(*KEY)))
     torch.testing.assert_close(start.a @ start.a.T, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-13)
     assert not start.b.any()
 
 
 def test_an_orthonormal_core_has_two_random_subspaces_and_begins_at_zero():
-    start = OrthonormalCore().start(WEIGHT, None, 5, 2.0, torch_generator(*KEY))
+    start = OrthonormalCore().start(Site(WEIGHT, None, 5, 2.0, torch_generator(*KEY)))
     for gram in (start.a @ start.a.T, start.b.T @ start.b):
         torch.testing.assert_close(gram, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-13)
     assert start.core is not None and not start.core.any()
     # Two draws: the entries of the one are not those of the other.
     assert not torch.isin(start.a.flatten(), start.b.flatten()).any()
-    square = OrthonormalCore().start(torch.eye(8, dtype=torch.float64), None, 3, 2.0, torch_generator(*KEY))
+    square = OrthonormalCore().start(Site(torch.eye(8, dtype=torch.float64), None, 3, 2.0, torch_generator(*KEY)))
     assert (square.a - square.b.T).norm() > 0.5
