@@ -14,6 +14,7 @@ from torch import nn
 
 from clients.adapters.core import insert
 from clients.adapters.initial.base import Initialisation
+from clients.adapters.initial.lora_sb import LoRASB
 from clients.adapters.initial.lora_xs import LoRAXS
 from clients.adapters.lora import Factors
 from fl.config import setting
@@ -30,6 +31,11 @@ class BRA(Factors):
 
     phases = (("R",),)
     shape = "core"
+
+    @property
+    def name(self) -> str:
+        """What people call it: by its start."""
+        return {LoRAXS: "LoRA-XS", LoRASB: "LoRA-SB"}.get(type(self.init), f"B R A ({type(self.init).__name__})")
 
     def attach(self, base: Base, targets: list[str], seed: int) -> nn.Module:
         return insert(super().attach(base, targets, seed), matrix=True)

@@ -37,7 +37,7 @@ class Work:
     lr: float
     memory: Memory = field(default_factory=dict)
     groups: tuple[str, ...] | None = None
-    base: Change | int = field(default_factory=dict)  # a number names one that the worker holds (`Worker.hold`)
+    base: Change | int = 0  # a number names one that the worker holds (`Worker.hold`); 0 is no change
     shared: tuple[int, ...] = ()
 
 

@@ -63,7 +63,7 @@ def test_list_covers_every_group_with_its_line(capfd):
 def test_list_of_a_group_as_json(capfd):
     assert main(["list", "adapter", "--json"]) == 0
     found = json.loads(said(capfd)[0])
-    assert list(found["groups"]) == ["adapter"]
+    assert list(found["groups"]) == ["adapter", "adapter/init"]
     options = {o["name"]: o for o in found["groups"]["adapter"]}
     assert set(options) == {p.stem for p in (ROOT / "configs/adapter").glob("*.yaml")}
     assert options["lora"]["settings"]["rank"] == 8

@@ -17,7 +17,7 @@ from tests.helpers import DECODER, ENCODER, SHARED, evaluations, final, go, same
 TOP = [
     "name", "experiment", "seed", "status", "started", "finished", "versions", "device", "commit", "model", "data",
     "task", "adapter", "num_clients", "trainable_parameters", "total_parameters", "engine", "partition", "privacy",
-    "settings", "overrides", "final", "error",
+    "settings", "overrides", "final", "error", "saved",
 ]  # fmt: skip
 FINAL = [
     "loss", "rounds", "bytes_up", "bytes_down", "virtual_s", "wall_s", "client_steps", "client_steps_per_s",

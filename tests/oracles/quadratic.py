@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
+from clients.adapters.space import Space
 from clients.cohort import CohortBatch
+from clients.layout import Layout
 from tests.oracles.models import VOCABULARY
 
 
@@ -16,6 +20,10 @@ class Quadratic:
         self.device, self.has_dropout, self.task = torch.device("cpu"), False, "classification"
         self.centres = torch.randn(VOCABULARY, size, generator=torch.Generator().manual_seed(5))
         self.accumulated: list[int] = []
+        self.space = Space(Layout(("theta",), ((size,),)))
+
+    def training(self, groups, start, clients):
+        return contextlib.nullcontext()
 
     def gradients(self, states: Tensor, batch: CohortBatch, accumulate: int = 1) -> tuple[Tensor, Tensor]:
         self.accumulated.append(accumulate)

@@ -36,7 +36,7 @@ def test_the_direction_is_the_gradient_of_the_proximal_objective(mu):
     loss = (torch.sin(theta) * weight).sum()
     (plain,) = torch.autograd.grad(loss, theta, retain_graph=True)
     (expected,) = torch.autograd.grad(loss + mu / 2 * ((theta - start) ** 2).sum(), theta)
-    found = FedProx(steps=1, mu=mu).direction(theta.detach(), plain.clone(), start)
+    found = FedProx(steps=1, mu=mu).direction(theta.detach(), plain.clone(), start, None)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
