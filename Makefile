@@ -37,6 +37,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.cohort
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.grid
+	$(BIN)/python -m benchmarks.lowrank
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info outputs

@@ -103,7 +103,8 @@ def by_hand(seen: Seen, start: ServerState, number: int) -> ServerState:
     vector = start.vector.astype(np.float64)
     share = np.array([len(p) for p in data.parts]) / sum(len(p) for p in data.parts)
     for round in range(1, number + 1):
-        groups, step = space.trains(round), np.zeros(len(vector))
+        groups, new = space.trains(round), vector.copy()
+        new[space.columns(groups)] = 0  # what a client of a lower rank does not own counts as zero
         for client, part in enumerate(data.parts):
             mine = dense.own(settings.adapter, space, vector, client)
             turn = client % len(settings.adapter.ranks)
@@ -111,15 +112,15 @@ def by_hand(seen: Seen, start: ServerState, number: int) -> ServerState:
             tokens = [data.train.batch(b) for b in batches]
             scale = settings.adapter.scalings[turn]
             done = dense.train(base, space, mine, groups, tokens, settings.local.lr, weight_decay=0.0, scale=scale)
-            change = {n: (done[n] - mine[n]).numpy() for n in done}
+            ends = {n: tensor.numpy() for n, tensor in done.items()}
             for module in space.modules:
                 last = module.core or module.b
-                if last in change:
-                    change[last] = change[last] * scale / module.scale
-            for name, value in change.items():
+                if last in ends:
+                    ends[last] = ends[last] * scale / module.scale
+            for name, value in ends.items():
                 block = tuple(slice(n) for n in value.shape)
-                space.tensor(step, name)[block] += share[client] * value
-        vector = vector + step
+                space.tensor(new, name)[block] += share[client] * value
+        vector = new
     return start.replace(vector=vector)
 
 
