@@ -15,6 +15,8 @@ settings are key=value words, e.g.
   shoal run experiment=quickstart seed=1 clients.number=20 partition.alpha=0.1
   shoal run model=smollm2 experiment=instruct schedule.rounds=5
   shoal run experiment=quickstart hydra.run.dir=my-run      (the run's own folder)
+  shoal sweep experiment=quickstart partition.alpha=0.1,1 seed=0,1,2
+  shoal sweep experiment=lowrank_comparison variants=fedit,ffa   (a preset that says what to compare)
 `shoal list` shows every group and what there is to choose.
 """
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from fl.compose import compose, expand, flat
+from fl.compose import compose, flat
 from fl.config import build
 from fl.errors import ConfigError, RunStopped, ShoalError
 from fl.experiment import Settings
 from fl.listing import config_dir, list_groups, show_value, top_settings
 from fl.setting_help import setting_help
+from fl.variants import plan
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "settings.md").read_text()
@@ -97,7 +98,8 @@ def test_commands_of_the_docs_are_accepted(page, command, tmp_path, monkeypatch)
         key, _, value = word.partition("=")
         if key.endswith("path"):
             Path(value).write_text(DEVICES)
-    for job in expand(words)[1]:
+    jobs = [job.words for job in plan(words).jobs] if "shoal sweep" in command else [words]
+    for job in jobs:
         build(compose(job)[0], "", Settings)
 
 
