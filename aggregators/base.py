@@ -105,20 +105,22 @@ class Aggregator(ABC):
                 f"sgd with lr 1 and no momentum: {name} sets the factors, so there is no direction to move along",
             )
 
+    def check_clients(self, number: int) -> None:
+        """Raise `ConfigError` where ``weights`` is a list that has not one weight for each of ``number`` clients."""
+        if not isinstance(self.weights, str) and len(self.weights) != number:
+            allowed = f"a weight for each of the {number} clients, not {len(self.weights)}"
+            raise ConfigError("aggregator.weights", self.weights, allowed, "Or use examples or uniform.")
+
     def shares(self, updates: Sequence[Update]) -> np.ndarray:
         """``p`` ``(n,)`` float64, which adds up to 1: what each of ``updates`` counts for.
 
-        Raises `RunStopped` where no client has any weight, `ConfigError` where the list of weights is too short.
+        Raises `RunStopped` where no client has any weight.
         """
         if self.weights == "examples":
             weights = [float(u.examples) for u in updates]
         elif isinstance(self.weights, str):
             weights = [1.0] * len(updates)
         else:
-            if (most := max((u.client for u in updates), default=0)) >= len(self.weights):
-                raise ConfigError(
-                    "aggregator.weights", self.weights, f"a weight for each client; client {most} has none"
-                )
             weights = [self.weights[u.client] for u in updates]
         return normalised(weights)
 

@@ -108,6 +108,7 @@ class Settings:
             raise ConfigError("clients.per_round", per_round, f"at most clients.number, which is {number}")
         if number is not None:
             settings.network.check(number)
+            settings.aggregator.check_clients(number)
         settings.aggregator.check(settings.adapter, settings.server_optimizer)
         settings.local.check(settings.adapter)
         settings.saving.check(settings.adapter)
@@ -170,6 +171,7 @@ class Experiment:
         if s.clients.per_round is not None and s.clients.per_round > len(data):
             raise ConfigError("clients.per_round", s.clients.per_round, f"at most the {len(data)} clients there are")
         s.network.check(len(data))
+        s.aggregator.check_clients(len(data))
         s.attack.affected(len(data), s.seed)
         return data
 

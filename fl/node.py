@@ -21,8 +21,8 @@ from clients.local.training import Fit, LocalTraining, Memory, Work
 from clients.trainer import Trainer
 from fl.downlink import Holdings
 from fl.evaluation import numbers
-from fl.initialise import sums
 from fl.messages import EvaluateReply, EvaluateRequest, MalformedMessage, StatisticRequest, TrainReply, TrainRequest
+from fl.statistic import sums
 
 
 @dataclass

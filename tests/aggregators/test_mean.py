@@ -173,3 +173,15 @@ def test_settings():
     assert build({"_target_": "aggregators.fedavg.FedAvg", "weights": "uniform"}, "aggregator") == FedAvg("uniform")
     with pytest.raises(ConfigError, match=r"aggregator\.weights='size'.*examples, uniform"):
         build({"_target_": "aggregators.fedavg.FedAvg", "weights": "size"}, "aggregator")
+
+
+def test_given_weights_are_one_for_each_client():
+    rule = FedAvg([0.0, 3.0, 1.0])
+    rule.check_clients(3)
+    with pytest.raises(ConfigError, match="4 clients"):
+        rule.check_clients(4)
+    found = rule.shares([update(1, 10), update(2, 1)])
+    np.testing.assert_allclose(found, [0.75, 0.25])
+    for wrong in ([], [0.0, 0.0], [1.0, -1.0], "size"):
+        with pytest.raises(ConfigError, match=r"aggregator\.weights"):
+            FedAvg(wrong)
