@@ -172,7 +172,7 @@ class DataDriven(Initialisation):
             f"{self.noise:g} x {self.clip:g} added by the client before sending: for one example, added or removed, "
             f"this one release is ({self.epsilon(n):.3g}, {1 / n:.3g})-differentially private (delta = 1/{n}; "
             "Opacus' RDP accountant, no credit for sampling), and whatever training spends comes on top. The noise is "
-            "drawn from the run's seed, as everything in a simulation is, so this holds against those who do not know it."
+            "drawn from the run's seed, as all that a simulation draws, so this holds against those who do not know it."
         )
 
 
