@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aggregators.base import Aggregator, ServerOptimizer, in_client_order, move
 from aggregators.mean import combined, weighted_mean
-from clients.adapters.base_change import Piece
+from clients.adapters.initial.factors import qr as signed_qr
 from clients.adapters.space import Module, Space
 from fl.state import ServerState, Update
 
@@ -40,17 +40,6 @@ def weighty(updates: Sequence[Update], shares: np.ndarray) -> tuple[list[Update]
     """The updates that have a weight, and their weights: the others would only make stacks longer."""
     kept = [i for i, share in enumerate(shares) if share > 0]
     return [updates[i] for i in kept], shares[kept]
-
-
-def own_block(space: Space, name: str, client: int | None) -> tuple[slice, ...]:
-    """The part of the tensor ``name`` that ``client`` owns: its leading rows of A, columns of B, or block of R."""
-    shape, module = space.shape(name), space.of_tensor.get(name)
-    if module is None:
-        return tuple(slice(n) for n in shape)
-    rank = slice(space.rank(module, client))
-    if name == module.a:
-        return (rank, *(slice(n) for n in shape[1:]))
-    return (slice(shape[0]), rank) if name == module.b else (rank,) * len(shape)
 
 
 def span(space: Space, update: Update, name: str) -> slice:
@@ -72,7 +61,7 @@ def end(server: ServerState, update: Update, name: str) -> np.ndarray:
     """The client's own block of the tensor ``name`` of ``y_i``, as float64."""
     space = server.space
     source = server.vector if update.start is None else update.start
-    block = space.tensor(source, name)[own_block(space, name, update.client)]
+    block = space.tensor(source, name)[space.block(name, update.client)]
     part = span(space, update, name)
     if part.stop == part.start:
         return block.astype(np.float64)
@@ -142,7 +131,7 @@ def mean_step(
             mine = space.tensor(step, name)
             for update, share in zip(updates, shares, strict=True):
                 if update.start is not None and trained(space, update, name):
-                    own = own_block(space, name, update.client)
+                    own = space.block(name, update.client)
                     gap = space.tensor(update.start, name)[own].astype(np.float64) - space.tensor(x, name)[own]
                     mine[own] += share * gap
     for module in low:
@@ -206,11 +195,8 @@ def _tensor(matrix: np.ndarray) -> Tensor:
 
 def qr(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Thin QR in float64, with a diagonal of R that is not negative."""
-    q, r = (t.numpy() for t in torch.linalg.qr(_tensor(matrix)))
-    signs = np.where(np.diagonal(r) < 0, -1.0, 1.0)
-    q *= signs
-    r *= signs[:, None]
-    return q, r
+    q, r = signed_qr(_tensor(matrix))
+    return q.numpy(), r.numpy()
 
 
 def svd(left: np.ndarray, right: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -256,7 +242,7 @@ def relative_error(
         left, right = stacks(server, module, updates, shares)
         terms = [(change.left, change.right.reshape(len(change.right), -1))]
         if module.name in new.increment:
-            terms.append(_factored(new.increment[module.name]))
+            terms.append(new.increment[module.name].factors())
         if sum(a.shape[1] for a, _ in terms) + left.shape[1] > MAX_STACK:
             return None
         # One QR of both sides: the error is the core of all columns, D* that of the last ones.
@@ -268,11 +254,3 @@ def relative_error(
     if size == 0:
         return 0.0 if error == 0 else float("inf")
     return float(np.sqrt(error / size))
-
-
-def _factored(piece: Piece) -> tuple[np.ndarray, np.ndarray]:
-    if piece.right is not None:
-        return piece.left.astype(np.float64), piece.right.astype(np.float64)
-    d, k = piece.left.shape
-    full = piece.left.astype(np.float64)
-    return (full, np.eye(k)) if k <= d else (np.eye(d), full)

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from clients.adapters.base_change import Change, grow, numbers, pack, packed_size, unpack
+from clients.adapters.base_change import Change, grow, numbers, packed_size
 from clients.adapters.space import Space
 from fl.messages import MalformedMessage, Scalar, freeze
 from fl.state import ServerState
@@ -42,7 +42,7 @@ class Downlink:
     base_changed: int = 0  # version of the base's last change
     log: dict[int, Change] = field(default_factory=dict)  # version -> what it added to the base
     floor: int = 0  # the log is complete from the version after this
-    _made: dict[tuple, np.ndarray] = field(default_factory=dict)
+    _made: dict[tuple, tuple[np.ndarray, str, str]] = field(default_factory=dict)  # see `_content`
 
     def note(self, old: ServerState, new: ServerState, increment: Change) -> None:
         """``new`` follows ``old``, with ``increment`` added to its base."""
@@ -77,30 +77,34 @@ class Downlink:
         ``train`` are the groups that train (None: an evaluation).
         """
         known = self.known.get(client) if self.keeps else None
-        sent = [g for g in self.space.names if known is None or self.changed.get(g, 0) > known]
-        header: dict[str, Scalar] = {"sent": ",".join(sent)}
+        key = (server.version, self.space.kind(client), known)
+        if key not in self._made:
+            self._made[key] = self._content(server, client, known)
+        vector, sent, base = self._made[key]
+        header: dict[str, Scalar] = {"sent": sent}
         if train is not None:
             header["train"] = ",".join(train)
         if self.keeps:
             header["known"] = -1 if known is None else known
-        pieces, described = self._base(server, known)
-        if described:
-            header["base"] = described
-        key = (server.version, self.space.kind(client), known)
-        if key not in self._made:
-            self._made[key] = freeze(np.concatenate([self.space.take(server.vector, sent, client), *pieces]))
-        return self._made[key], header
+        if base:
+            header["base"] = base
+        return vector, header
+
+    def _content(self, server: ServerState, client: int, known: int | None) -> tuple[np.ndarray, str, str]:
+        """The vector for a client that holds the version ``known``, and what the header says is in it."""
+        sent = [g for g in self.space.names if known is None or self.changed.get(g, 0) > known]
+        pieces, base = self._base(server, known)
+        vector = freeze(np.concatenate([self.space.take(server.vector, sent, client), *pieces]))
+        return vector, ",".join(sent), base
 
     def _base(self, server: ServerState, known: int | None) -> tuple[list[np.ndarray], str]:
-        names = [m.name for m in self.space.modules]
         if not server.base or (known is not None and known >= self.base_changed):
             return [], ""
-        missed = [v for v in sorted(self.log) if known is not None and v > known]
         if known is not None and known >= self.floor:
-            packed = [(v, *pack(self.log[v], names)) for v in missed]
+            packed = [(v, *self.space.pack(self.log[v])) for v in sorted(self.log) if v > known]
             if sum(len(p) for _, p, _ in packed) < numbers(server.base):
                 return [p for _, p, _ in packed], "|".join(f"{v}:{_text(ranks)}" for v, _, ranks in packed)
-        whole, ranks = pack(server.base, names)
+        whole, ranks = self.space.pack(server.base)
         return [whole], f"={_text(ranks)}"
 
     def once(self, server: ServerState, client: int, train: tuple[str, ...], header: Mapping[str, Scalar]) -> int:
@@ -113,8 +117,7 @@ class Downlink:
 
     def parts(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """For a checkpoint: arrays and plain values, undone by `restore`."""
-        names = [m.name for m in self.space.modules]
-        packed = {v: pack(change, names) for v, change in self.log.items()}
+        packed = {v: self.space.pack(change) for v, change in self.log.items()}
         arrays = {f"downlink/{v}": array for v, (array, _) in packed.items()}
         meta = {
             "known": {str(c): v for c, v in self.known.items()},
@@ -126,11 +129,10 @@ class Downlink:
         return arrays, meta
 
     def restore(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-        names, sizes = [m.name for m in self.space.modules], [self.space.sizes(m) for m in self.space.modules]
         self.known = {int(c): v for c, v in meta["known"].items()}
         self.changed = dict(meta["changed"])
         self.base_changed, self.floor = meta["base_changed"], meta["floor"]
-        self.log = {int(v): unpack(arrays[f"downlink/{v}"], ranks, names, sizes) for v, ranks in meta["log"].items()}
+        self.log = {int(v): self.space.unpack(arrays[f"downlink/{v}"], ranks) for v, ranks in meta["log"].items()}
         self._made.clear()
 
 
@@ -193,17 +195,17 @@ class Holdings:
         return state
 
     def _base(self, have: int | None, vector: np.ndarray, described: Scalar) -> Change:
-        names, sizes = [m.name for m in self.space.modules], [self.space.sizes(m) for m in self.space.modules]
+        sizes = [self.space.sizes(m) for m in self.space.modules]
         total: Change = self.bases.get(have, {}) if have is not None else {}
         at = 0
         try:
             for part in str(described).split("|") if described else []:
                 version, _, text = part.partition("=") if part.startswith("=") else part.partition(":")
                 ranks = [int(r) for r in text.split(",")]
-                if len(ranks) != len(names) or min(ranks) < -1:
-                    raise ValueError(f"{len(ranks)} ranks for {len(names)} modules")
+                if len(ranks) != len(sizes) or min(ranks) < -1:
+                    raise ValueError(f"{len(ranks)} ranks for {len(sizes)} modules")
                 size = packed_size(ranks, sizes)
-                change = unpack(vector[at : at + size], ranks, names, sizes)
+                change = self.space.unpack(vector[at : at + size], ranks)
                 at += size
                 if not version:
                     total = change
@@ -217,10 +219,9 @@ class Holdings:
 
     def parts(self) -> dict[str, np.ndarray]:
         """For a checkpoint: named arrays, undone by `restore`."""
-        names = [m.name for m in self.space.modules]
         arrays = {f"holdings/state/{v}/{kind}": state for (v, kind), state in self.states.items()}
         for version, change in self.bases.items():
-            packed, ranks = pack(change, names)
+            packed, ranks = self.space.pack(change)
             arrays[f"holdings/base/{version}"] = packed
             arrays[f"holdings/ranks/{version}"] = np.array(ranks, np.int64)
         if self.held:
@@ -229,7 +230,6 @@ class Holdings:
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Undo `parts`; other arrays are ignored."""
-        names, sizes = [m.name for m in self.space.modules], [self.space.sizes(m) for m in self.space.modules]
         self.held = {int(c): int(v) for c, v in arrays.get("holdings/held", np.zeros((0, 2)))}
         self.states, self.bases = {}, {}
         for path, array in arrays.items():
@@ -241,7 +241,7 @@ class Holdings:
                 self.states[int(version), int(of)] = array
             elif kind == "base":
                 ranks = arrays[f"holdings/ranks/{rest}"].tolist()
-                self.bases[int(rest)] = unpack(array, ranks, names, sizes)
+                self.bases[int(rest)] = self.space.unpack(array, ranks)
 
 
 def _groups(header: Mapping[str, Scalar], name: str, space: Space) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from clients.adapters.base_change import Change, grow, pack, unpack
+from clients.adapters.base_change import Change, grow
 from clients.adapters.space import Space
 from clients.layout import Layout
 
@@ -65,7 +65,7 @@ class ServerState:
         arrays = {"server/vector": self.vector}
         arrays |= {f"server/optimizer/{name}": array for name, array in self.optimizer.items()}
         arrays |= {f"server/extra/{name}": array for name, array in self.extra.items()}
-        arrays["server/base"], ranks = pack(self.base, [m.name for m in self.space.modules])
+        arrays["server/base"], ranks = self.space.pack(self.base)
         meta = {
             "base_ranks": ranks,
             "version": self.version,
@@ -92,12 +92,7 @@ class ServerState:
             space=space,
             version=meta["version"],
             round=meta["round"],
-            base=unpack(
-                arrays["server/base"],
-                meta["base_ranks"],
-                [m.name for m in space.modules],
-                [space.sizes(m) for m in space.modules],
-            ),
+            base=space.unpack(arrays["server/base"], meta["base_ranks"]),
             optimizer=under("server/optimizer/"),
             extra=under("server/extra/"),
         )

@@ -84,15 +84,7 @@ def total(server: ServerState, rank: int | None = None) -> Total:
 
 def stacked(server: ServerState) -> Total:
     """The total change as it stands, without a decomposition: for merging. A matrix is its product with an identity."""
-    changes = []
-    for name, piece in _sums(server):
-        if piece.right is not None:
-            changes.append(_rounded(name, piece.left, piece.right))
-            continue
-        d, k = piece.left.shape
-        changes.append(
-            _rounded(name, np.eye(d), piece.left) if d < k else _rounded(name, piece.left, np.eye(k)),
-        )
+    changes = [_rounded(name, *piece.factors()) for name, piece in _sums(server)]
     return Total(tuple(changes), max(c.left.shape[1] for c in changes), 0.0)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from clients.adapters.initial.base import Initialisation
-from clients.adapters.space import HEAD, LowRank, Space
+from clients.adapters.space import HEAD, Space
 from clients.layout import Layout
 from fl.config import setting
 from fl.errors import ConfigError
@@ -17,8 +18,6 @@ from fl.keys import seeded_globals
 
 if TYPE_CHECKING:
     from clients.models import Base
-
-__all__ = ["Adapter", "LowRank"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,19 @@ class Adapter:
         """What the trainable tensors of ``model``, which `attach` made, are."""
         layout = Layout.of({n: p for n, p in model.named_parameters() if p.requires_grad})
         return Space(layout, tuple(HEAD if is_head(n) else "adapter" for n in layout.names))
+
+
+def fits(name: str, end: str) -> bool:
+    """Whether ``end`` is the end of the module's ``name``, in whole parts, as PEFT matches it."""
+    return f".{name}".endswith(f".{end}")
+
+
+def check_layers(layers: list[int] | None, names: Iterable[str]) -> None:
+    """Raise `ConfigError` for one of ``layers`` that none of the adapted ``names`` lies in."""
+    names = list(names)
+    for layer in layers or []:
+        if not any(f".{layer}." in name for name in names):
+            raise ConfigError("adapter.layers", layers, f"the model has no layer {layer} with such modules")
 
 
 def is_head(name: str) -> bool:

@@ -28,6 +28,13 @@ class Piece:
     def matrix(self) -> np.ndarray:
         return self.left if self.right is None else self.left @ self.right
 
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """``left`` and ``right``; those of a matrix are itself and an identity, on its smaller side."""
+        if self.right is not None:
+            return self.left, self.right
+        d, k = self.left.shape
+        return (self.left, np.eye(k)) if k <= d else (np.eye(d), self.left)
+
     @property
     def numbers(self) -> int:
         """Scalars that describe it."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from clients.adapters.base import Adapter, is_head
+from clients.adapters.base import Adapter, check_layers, fits, is_head
 from clients.adapters.initial.base import Initialisation
 from clients.adapters.initial.kaiming import Kaiming
 from clients.adapters.space import HEAD, Module, Space
@@ -121,12 +121,10 @@ class Factors(Adapter):
     def attach(self, base: Base, targets: list[str], seed: int) -> nn.Module:
         model = super().attach(base, targets, seed)
         adapted = [n for n, p in model.named_parameters() if p.requires_grad]
-        for layer in self.layers or []:
-            if not any(f".{layer}." in name for name in adapted):
-                raise ConfigError("adapter.layers", self.layers, f"the model has no layer {layer} with such modules")
+        check_layers(self.layers, adapted)
         for name in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, name):
-                if not any(_fits(n.partition(".lora_")[0], key) for n in adapted if ".lora_" in n):
+                if not any(fits(n.partition(".lora_")[0], key) for n in adapted if ".lora_" in n):
                     raise ConfigError(
                         f"adapter.{name}.{key}", getattr(self, name)[key], "the end of an adapted module's name"
                     )
@@ -154,14 +152,9 @@ class Factors(Adapter):
             name = a.partition(kind)[0]
             b = a.replace(kind, kind.replace("A", "B")).replace(".down.weight", ".weight")
             core = f"{name}.lora_A.default.core"
-            own = any(_fits(name, key) for key in (*self.rank_pattern, *self.alpha_pattern))
+            own = any(fits(name, key) for key in (*self.rank_pattern, *self.alpha_pattern))
             scale = float(model.get_submodule(name).scaling["default"])  # type: ignore[index]
             yield Module(name, a, b, scale, shapes[a][0], core if core in shapes else None, not own)
-
-
-def _fits(name: str, key: str) -> bool:
-    """Whether a pattern's ``key`` is the end of the module's ``name``, as PEFT matches it."""
-    return name == key or name.endswith(f".{key}")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from clients.adapters.base import Adapter, is_head
+from clients.adapters.base import Adapter, check_layers, fits, is_head
 from clients.adapters.space import HEAD, Module, Space
 from clients.layout import Layout
 from fl.config import setting
@@ -78,7 +78,7 @@ class S2FT(Adapter):
         for name, module in _adapted(model):
             if not isinstance(module, LoraLinear):
                 raise ConfigError("adapter.target_modules", name, "linear layers alone")
-            ends = [[end for end in side if _fits(name, end)] for side in (rows, columns)]
+            ends = [[end for end in side if fits(name, end)] for side in (rows, columns)]
             if all(ends):
                 raise ConfigError("adapter.columns", ends[1], f"no module that is in adapter.rows too, as {name} is")
             unused -= {*ends[0], *ends[1]}
@@ -86,9 +86,7 @@ class S2FT(Adapter):
         if unused:
             key = "adapter.columns" if unused & set(columns) else "adapter.rows"
             raise ConfigError(key, sorted(unused), "ends of names of the model's modules; there are none such")
-        for layer in self.layers or []:
-            if not any(f".{layer}." in name for name, _ in _adapted(model)):
-                raise ConfigError("adapter.layers", self.layers, f"the model has no layer {layer} with such modules")
+        check_layers(self.layers, (name for name, _ in _adapted(model)))
         return model
 
     def _start(self, name: str, module: nn.Module, rows: bool, seed: int) -> None:
@@ -115,7 +113,7 @@ class S2FT(Adapter):
         modules = []
         for name, _ in _adapted(model):
             a, b = f"{name}.lora_A.default.weight", f"{name}.lora_B.default.weight"
-            columns = any(_fits(name, end) for end in self.columns or [])
+            columns = any(fits(name, end) for end in self.columns or [])
             groups[a], groups[b] = (SELECTION, SLICE) if columns else (SLICE, SELECTION)
             modules.append(Module(name, a, b, 1.0, self.rank))
         trained = tuple(g for g in dict.fromkeys(groups.values()) if g != SELECTION)
@@ -127,7 +125,3 @@ def _adapted(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     found: list[tuple[str, nn.Module]] = list(model.named_modules())
     return [(name, module) for name, module in found if isinstance(module, BaseTunerLayer)]
-
-
-def _fits(name: str, end: str) -> bool:
-    return f".{name}".endswith(f".{end}")

@@ -26,10 +26,6 @@ class SoRA(Factors):
     phases = (("A", "B", "gate"),)
     shape = "gated"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.init.check(self.shape)
-
     def attach(self, base: Base, targets: list[str], seed: int) -> nn.Module:
         model = insert(super().attach(base, targets, seed), matrix=False)
         for name, module in model.named_modules():

@@ -15,12 +15,14 @@ server's. `take` and `lift` go from one to the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
+from clients.adapters import base_change
+from clients.adapters.base_change import Change, Piece
 from clients.layout import Layout
 
 HEAD = "head"
@@ -144,22 +146,24 @@ class Space:
         return self._columns[key]
 
     def _block(self, name: str, client: int | None) -> np.ndarray:
-        low, high = self.spans[name]
-        module = self.of_tensor.get(name)
-        every = np.arange(low, high)
+        return np.arange(*self.spans[name]).reshape(self.shape(name))[self.block(name, client)].reshape(-1)
+
+    def block(self, name: str, client: int | None) -> tuple[slice, ...]:
+        """The part of the tensor ``name`` that ``client`` owns: its leading rows of A, columns of B, or block of R."""
+        shape, module = self.shape(name), self.of_tensor.get(name)
         if module is None:
-            return every
-        r = self.rank(module, client)
-        shape = self.shape(name)
-        grid = every.reshape(shape)
+            return tuple(slice(n) for n in shape)
+        rank = slice(self.rank(module, client))
         if name == module.a:
-            return grid[:r].reshape(-1)
-        if name == module.b:
-            return grid[:, :r].reshape(-1)
-        return grid[(slice(r),) * len(shape)].reshape(-1)
+            return (rank, *(slice(n) for n in shape[1:]))
+        return (slice(shape[0]), rank) if name == module.b else (rank,) * len(shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.layout.shapes[self.layout.names.index(name)]
+        return self._shapes[name]
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(zip(self.layout.names, self.layout.shapes, strict=True))
 
     def sublayout(self, groups: Iterable[str]) -> Layout:
         """The layout of the tensors of ``groups``, whole."""
@@ -221,3 +225,11 @@ class Space:
     def sizes(self, module: Module) -> tuple[int, int]:
         """``(out, in)`` of the module's weight change."""
         return self.shape(module.b)[0], math.prod(self.shape(module.a)[1:])
+
+    def pack(self, change: Change) -> tuple[np.ndarray, list[int]]:
+        """A change of the base as one vector and the modules' ranks (`clients.adapters.base_change.pack`)."""
+        return base_change.pack(change, [m.name for m in self.modules])
+
+    def unpack(self, vector: np.ndarray, ranks: Sequence[int]) -> dict[str, Piece]:
+        """Undo `pack`. Raises ValueError if the length is another."""
+        return base_change.unpack(vector, ranks, [m.name for m in self.modules], [self.sizes(m) for m in self.modules])

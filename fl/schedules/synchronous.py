@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Message
 
+from aggregators.factored import relative_error
 from fl.clock import Clock, EventQueue, Priority, ticks
 from fl.config import setting
 from fl.errors import RunStopped
@@ -105,8 +106,6 @@ class Synchronous(Schedule):
         if updates:
             new = world.aggregator.aggregate(server, updates, world.optimizer)
             if world.measure_error:
-                from aggregators.factored import relative_error
-
                 error = relative_error(server, updates, world.aggregator.shares(updates), new)
             new = world.accept(server, new)
         moved = float(np.linalg.norm(new.vector.astype(np.float64) - server.vector.astype(np.float64)))

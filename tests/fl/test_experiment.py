@@ -68,19 +68,6 @@ def test_a_device_that_is_not_there_is_refused_before_the_data_are_read(monkeypa
 # What runs of one process share
 
 
-@pytest.fixture
-def loads(monkeypatch):
-    """Counts how often a base model is loaded."""
-    seen, load = [], TinyEncoder.load
-
-    def watching(self, *arguments, **named):
-        seen.append(named)
-        return load(self, *arguments, **named)
-
-    monkeypatch.setattr(TinyEncoder, "load", watching)
-    return seen
-
-
 def test_a_base_is_loaded_once_and_its_copies_share_the_weights(loads):
     shared = Shared()
     spec = TinyEncoder()

@@ -3,7 +3,6 @@ import json
 
 import pytest
 
-from clients.models import TinyEncoder
 from fl.cli import main
 from fl.errors import ConfigError, RunStopped
 from fl.records import read_run
@@ -20,18 +19,6 @@ def report(request, monkeypatch):
     if "table" in request.node.name:
         return
     monkeypatch.setattr("fl.report.html.write_report", lambda folders, out: out.write_text("<html>") and out)
-
-
-@pytest.fixture
-def loads(monkeypatch):
-    seen, load = [], TinyEncoder.load
-
-    def watching(self, *arguments, **named):
-        seen.append(named)
-        return load(self, *arguments, **named)
-
-    monkeypatch.setattr(TinyEncoder, "load", watching)
-    return seen
 
 
 def test_three_by_two_runs_share_one_base_and_end_in_one_table(tmp_path, loads, capfd):

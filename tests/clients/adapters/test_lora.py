@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from clients.adapters.base import LowRank
 from clients.adapters.initial.orthonormal import Orthonormal
 from clients.adapters.lora import LoRA
 from clients.adapters.peft import Peft
+from clients.adapters.space import LowRank
 from clients.cohort import Cohort
 from fl.config import build as build_settings
 from fl.errors import ConfigError
