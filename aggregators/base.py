@@ -63,8 +63,11 @@ class Aggregator(ABC):
     ``takes`` are the forms of adapter (`clients.adapters.base.Adapter.form`) that it is defined for (empty: any),
     ``mixed`` the forms whose clients may have different ranks. ``optimizes`` says whether a server optimiser other
     than plain averaging means anything; ``stateful`` whether clients keep what they were sent (`fl.downlink`).
+    ``linear`` says that the outcome depends on the updates' weighted mean alone, so that one update in place of them
+    gives the same: what a server that only learns a (noisy) sum needs.
     """
 
+    linear: ClassVar[bool] = False
     takes: ClassVar[tuple[str, ...]] = ()
     mixed: ClassVar[tuple[str, ...]] = ()
     optimizes: ClassVar[bool] = True
@@ -116,6 +119,8 @@ class Aggregator(ABC):
 
         Raises `RunStopped` where no client has any weight.
         """
+        if len(updates) == 1:
+            return np.ones(1)  # a sum that stands for many clients has no client's weight
         if self.weights == "examples":
             weights = [float(u.examples) for u in updates]
         elif isinstance(self.weights, str):

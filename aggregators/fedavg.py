@@ -30,6 +30,7 @@ class FedAvg(Aggregator):
     exactly; clients of a lower rank count as having zeros beyond it. With both factors in training it is FedIT.
     """
 
+    linear = True
     mixed: ClassVar[tuple[str, ...]] = ("b", "alternating", "core", "slice")
 
     def aggregate(

@@ -25,6 +25,7 @@ from fl.state import ServerState, Update
 class FedSB(Aggregator):
     """The mean of the cores R: exact, in r^2 numbers a module."""
 
+    linear = True
     takes = ("core",)
     mixed = ("core",)
 

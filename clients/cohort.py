@@ -6,8 +6,8 @@ B samples for each slot, padded to one length; padding samples have weight zero.
     loss_s = sum_j w_sj l(theta_s; x_sj),    w_sj = 1/n_s for its n_s real samples, 0 for padding,
 
 and since no slot touches another's tensors, the gradient of ``sum_s loss_s`` is ``(d loss_s / d theta_s)_s``.
-A private batch is a cohort of one-sample slots: repeat a client's row over its samples and the same call returns
-per-sample gradients.
+A private batch is a cohort of one-sample slots: a client's row is repeated over its samples, and the same pass gives
+per-sample gradients. Samples are then independent, so they are laid out by length, without padding samples.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from clients.layout import Layout
 from clients.stacked import Slots, Stacked, StackedLoRA, stack_layer
 from fl.errors import ConfigError
 from fl.keys import Part
+
+# Scalars of per-sample gradients that are held at a time: 256 MiB in float32, and about three times that at the peak.
+SAMPLE_SCALARS = 1 << 26
 
 
 @dataclass
@@ -58,8 +61,9 @@ class CohortBatch:
         token by it.
         """
         slots = len(batches)
-        rows = max(b.input_ids.shape[0] for b in batches)
-        width = max(b.input_ids.shape[1] for b in batches)
+        # Poisson sampling may give a slot no sample at all; tensors without rows are what models can't take.
+        rows = max(1, *(b.input_ids.shape[0] for b in batches))
+        width = max(1, *(b.input_ids.shape[1] for b in batches))
         causal = batches[0].labels.dim() == 2
         ids = torch.full((slots, rows, width), pad_id)
         mask = torch.zeros(slots, rows, width, dtype=torch.long)
@@ -74,9 +78,35 @@ class CohortBatch:
                 labels[s, :n, :t] = b.labels
             else:
                 labels[s, :n] = b.labels
-            weights[s, :n] = 1 / n
+            weights[s, :n] = 1 / max(n, 1)
         counts = [b.input_ids.shape[0] for b in batches]
         return cls(ids.to(device), mask.to(device), labels.to(device), weights.to(device), counts, keys)
+
+    def samples(self, most: int) -> Iterator[tuple[Tensor, Tensor, CohortBatch]]:
+        """Pieces of at most ``most`` real samples, each a slot of its own: (slots, places in them, the piece).
+
+        Samples of like length go together, and a piece is as wide as its longest.
+        """
+        slots, places = torch.nonzero(self.weights > 0, as_tuple=True)
+        lengths = self.attention_mask[slots, places].sum(-1)
+        order = torch.argsort(lengths, descending=True, stable=True)
+        for part in order.split(most):
+            at, width = (slots[part], places[part]), max(1, int(lengths[part].max()))
+            keys, offsets = None, None
+            if self.keys is not None:
+                begin = self.offsets or [0] * len(self.counts)
+                keys = [self.keys[s] for s in at[0].tolist()]
+                offsets = [begin[s] + j for s, j in zip(at[0].tolist(), at[1].tolist(), strict=True)]
+            labels = self.labels[at]
+            yield (
+                *at,
+                CohortBatch(
+                    self.input_ids[at][:, None, :width], self.attention_mask[at][:, None, :width],
+                    labels[:, None, :width] if self.labels.dim() == 3 else labels[:, None],
+                    self.weights.new_ones(len(part), 1), [1] * len(part), keys, offsets,
+                    None if self.prefix is None else self.prefix[at][:, None, :width],
+                ),
+            )  # fmt: skip
 
     def split(self, parts: int) -> list[CohortBatch]:
         """The batch in ``parts`` pieces along its samples; losses and gradients of the pieces add up."""
@@ -254,32 +284,43 @@ class Cohort:
         assert total_loss is not None and total_grad is not None
         return total_loss, total_grad
 
-    def sample_gradients(self, states: Tensor, batch: CohortBatch) -> tuple[Tensor, Tensor]:
-        """Losses ``(S, B)`` and gradients ``(S, B, d)`` of each sample by itself (weight one); padding samples give 0.
+    def each_sample(
+        self, states: Tensor, batch: CohortBatch, parts: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
+        """Per-sample gradients of the real samples of ``batch`` at ``states`` ``(S, d)``, some samples at a time.
 
-        The slots are repeated over their samples, which makes a cohort of S*B one-sample clients.
+        Yields the slots ``(n,)`` and places in them ``(n,)`` of n samples, their losses ``(n,)`` and the gradients of
+        these ``(n, *shape)``, by tensor. A piece holds at most `SAMPLE_SCALARS` / d samples; ``parts`` > 1 divides
+        that further, to save memory.
         """
-        slots, rows = batch.weights.shape
-        real = (batch.weights > 0).to(batch.weights).reshape(-1, 1)
-        keys = None if batch.keys is None else [k for k in batch.keys for _ in range(rows)]
-        offsets = [o + j for o in batch.offsets or [0] * slots for j in range(rows)]
-        one = CohortBatch(
-            batch.input_ids.reshape(slots * rows, 1, -1),
-            batch.attention_mask.reshape(slots * rows, 1, -1),
-            batch.labels.reshape(slots * rows, 1, *batch.labels.shape[2:]),
-            real,
-            [int(w > 0) for w in real.reshape(-1).tolist()],
-            keys,
-            offsets,
-            None if batch.prefix is None else batch.prefix.reshape(slots * rows, 1, *batch.prefix.shape[2:]),
-        )
-        gains = self.gains
-        self.gains = {name: gain.repeat_interleave(rows, dim=0) for name, gain in gains.items()}
-        try:
-            losses, grads = self.gradients(states.repeat_interleave(rows, dim=0), one)
-        finally:
-            self.gains = gains
-        return losses.reshape(slots, rows), grads.reshape(slots, rows, -1)
+        views, gains = self.layout.views(states.detach()), self.gains
+        most = max(1, SAMPLE_SCALARS // (max(1, self.layout.size) * parts))
+        for slots, places, piece in batch.samples(most):
+            leaves = {n: v[slots].requires_grad_() for n, v in views.items()}
+            self.gains = {name: gain[slots] for name, gain in gains.items()}
+            try:
+                losses = self.sample_losses(leaves, piece)[:, 0]
+            finally:
+                self.gains = gains
+            grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+            yield (
+                slots,
+                places,
+                losses.detach(),
+                {
+                    n: torch.zeros_like(leaf) if g is None else g
+                    for (n, leaf), g in zip(leaves.items(), grads, strict=True)
+                },
+            )
+
+    def sample_gradients(self, states: Tensor, batch: CohortBatch) -> tuple[Tensor, Tensor]:
+        """Losses ``(S, B)`` and gradients ``(S, B, d)`` of each sample by itself (weight one); padding samples give 0."""
+        losses = states.new_zeros(batch.weights.shape)
+        grads = states.new_zeros(*batch.weights.shape, states.shape[-1])
+        for slots, places, loss, grad in self.each_sample(states, batch):
+            losses[slots, places] = loss.to(losses)
+            grads[slots, places] = self.layout.flatten(grad, lead=1)
+        return losses, grads
 
     def sample_losses(self, tensors: dict[str, Tensor], batch: CohortBatch) -> Tensor:
         """``(S, B)``: every sample's own loss: cross-entropy, or the mean over its own target tokens (causal LM)."""

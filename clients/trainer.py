@@ -47,7 +47,7 @@ def cohorts(works: Sequence[Work], lengths: np.ndarray, size: int, workers: int)
     ends before its neighbours. Within a cohort the number of steps falls. Jobs that train other tensors, or beside
     another version of what does not train, are never together.
     """
-    mean = [float(lengths[np.concatenate(w.batches)].mean()) for w in works]
+    mean = [float(np.sum(lengths[e]) / max(1, len(e))) for e in (np.concatenate(w.batches) for w in works)]
     alike: dict[tuple, list[int]] = {}
     for i, work in enumerate(works):
         alike.setdefault((work.groups, work.shared, work.base if isinstance(work.base, int) else 0), []).append(i)

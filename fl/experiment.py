@@ -37,7 +37,7 @@ from fl.node import Node
 from fl.sampling import Sampling
 from fl.schedules.base import Schedule
 from fl.trackers.base import Tracker
-from privacy.base import Privacy
+from privacy.base import Guard, Privacy
 
 # The base and its head start from the same draws in every run; the adapter's own draws are the run's seed's.
 BASE_SEED = 0
@@ -110,6 +110,7 @@ class Settings:
             settings.network.check(number)
             settings.aggregator.check_clients(number)
         settings.aggregator.check(settings.adapter, settings.server_optimizer)
+        settings.privacy.check(settings)
         settings.local.check(settings.adapter)
         settings.saving.check(settings.adapter)
         if settings.model.zero_head and not settings.adapter.train_head:
@@ -241,7 +242,14 @@ class Experiment:
         s = self.settings
         init = s.adapter.initialisation
         asked = init if isinstance(init, DataDriven) else None
-        return Node(self.trainer, self.data, s.local, s.attack, s.seed, self.trainer.worker.cohort.space, asked)
+        space = self.trainer.worker.cohort.space
+        return Node(self.trainer, self.data, s.local, s.attack, s.seed, space, self.guard, asked)
+
+    @cached_property
+    def guard(self) -> Guard:
+        """What keeps the privacy claim: the client half acts in `node`, the server half in the schedule."""
+        sizes = [len(part) for part in self.data.parts]
+        return self.settings.privacy.guard(self.settings, sizes, self.trainer.worker.cohort.space)
 
     def close(self) -> None:
         if self._trainer is not None:

@@ -27,6 +27,7 @@ from fl.engine.flower import quick_record
 from fl.errors import ShoalError
 
 VECTOR_STYPE = "shoal.f32"
+BUDGET = "privacy budget spent"  # how the error of a client that takes part no more begins
 Scalar = int | float | str | bool
 Metric = int | float | list[int] | list[float]
 
@@ -118,7 +119,7 @@ class TrainReply:
     """What a client learned: ``update`` = its new state minus the state it started from, and what that took.
 
     ``examples`` is the aggregation weight (its training examples), ``steps`` optimiser steps, ``tokens`` tokens
-    that were not padding, ``loss`` the mean training loss.
+    that were not padding, ``loss`` the mean training loss (None: the client keeps it to itself).
     """
 
     client: int
@@ -129,13 +130,14 @@ class TrainReply:
     examples: int
     steps: int
     tokens: int
-    loss: float
+    loss: float | None
     extra: Mapping[str, Scalar] = field(default_factory=dict)
 
     def to_record(self) -> RecordDict:
         """The message's content; copies ``update`` once (not at all when frozen)."""
         counts = {name: int(getattr(self, name)) for name in ("examples", "steps", "tokens")}
-        metrics = quick_record(MetricRecord, counts | {"loss": float(self.loss)})
+        loss = {} if self.loss is None else {"loss": float(self.loss)}
+        metrics = quick_record(MetricRecord, counts | loss)
         header = _header("train-reply", self.client, self.round, self.version, self.extra, layout=self.layout)
         return quick_record(RecordDict, {"state": _state_record(self.update), "header": header, "metrics": metrics})
 
@@ -143,7 +145,10 @@ class TrainReply:
     def from_record(cls, record: RecordDict) -> TrainReply:
         """Decode without copying the vector. Raises `MalformedMessage`; ranges are `fl.validation`'s business."""
         header, metrics = _open(record, "train-reply", state=True)
-        numbers = _take(metrics, {"examples": int, "steps": int, "tokens": int, "loss": float})
+        wanted: dict[str, type] = {"examples": int, "steps": int, "tokens": int, "loss": float}
+        if "loss" not in metrics:
+            del wanted["loss"]
+        numbers = {"loss": None, **_take(metrics, wanted)}
         layout = _text(header, "layout")
         return cls(**_job(header), layout=layout, update=_vector(record), **numbers, extra=_extra(header))
 

@@ -6,6 +6,7 @@ client remembered before it, and the memory from before its newest job is kept u
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,17 @@ from clients.local.training import Fit, LocalTraining, Memory, Work
 from clients.trainer import Trainer
 from fl.downlink import Holdings
 from fl.evaluation import numbers
-from fl.messages import EvaluateReply, EvaluateRequest, MalformedMessage, StatisticRequest, TrainReply, TrainRequest
+from fl.messages import (
+    BUDGET,
+    EvaluateReply,
+    EvaluateRequest,
+    MalformedMessage,
+    StatisticRequest,
+    TrainReply,
+    TrainRequest,
+)
 from fl.statistic import sums
+from privacy.base import BudgetSpent, Guard
 
 
 @dataclass
@@ -49,10 +59,11 @@ class Node:
         behaviour: Behaviour,
         seed: int,
         space: Space,
+        guard: Guard | None = None,
         initialisation: DataDriven | None = None,
     ):
         self.trainer, self.data, self.local, self.behaviour = trainer, data, local, behaviour
-        self.seed, self.space = seed, space
+        self.seed, self.space, self.guard = seed, space, guard or Guard()
         self.initialisation = initialisation
         self.holdings = Holdings(space)
         self.memories: dict[int, Remembered] = {}
@@ -70,6 +81,8 @@ class Node:
                 requests.append((message, request))
             except MalformedMessage as error:
                 replies.append(_error(str(error), message))
+            except BudgetSpent as error:
+                replies.append(_error(f"{BUDGET}: {error}", message))
         for (message, request), work, fit in zip(requests, works, self.trainer.train(works), strict=True):
             reply = self._reply(request, work, fit, message)
             replies += [] if reply is None else [reply]
@@ -108,12 +121,19 @@ class Node:
         memory: Memory = {}
         if kept is not None:
             memory = kept.before if kept.round == request.round else kept.after
-        batches = self.local.batches(self.seed, request.client, request.round, self.data.parts[request.client])
         start = self._whole(state, request.client, train)
         groups = None if len(self.space.columns(train)) == self.space.layout.size else train
         # Beside what does not train, jobs are alike if that is of one version and of clients with one rank.
         shared = () if groups is None else (request.version, self.space.kind(request.client))
-        return Work(request.client, request.round, start, batches, lr, memory, groups, base, shared)
+        examples = self.data.parts[request.client]
+        # Two requests that differ in anything the gradients depend on are two jobs, with noise of their own.
+        content = hashlib.sha256(start.data)
+        content.update(repr((request.version, lr, train)).encode())
+        digest = content.hexdigest()[:32]
+        job = self.guard.job(request.client, request.round, digest, examples, memory)
+        batches = self.local.batches(self.seed, request.client, request.round, examples) if job is None else job.batches
+        private = None if job is None else job.private
+        return Work(request.client, request.round, start, batches, lr, memory, groups, base, shared, private)
 
     def _reply(self, request: TrainRequest, work: Work, fit: Fit, message: Message) -> Message | None:
         kept = self.memories.get(request.client)
@@ -124,11 +144,15 @@ class Node:
         columns = self.space.columns(work.groups, request.client)
         trained = self.space.columns(work.groups)
         state = fit.state if len(columns) == len(trained) else fit.state[np.searchsorted(trained, columns)]
-        start = work.start if len(columns) == len(work.start) else work.start[columns]
+        if fit.sent is None:
+            sent = state - (work.start if len(columns) == len(work.start) else work.start[columns])
+        else:
+            sent = fit.sent if len(columns) == len(trained) else fit.sent[np.searchsorted(trained, columns)]
         honest = ReplyFields(
-            request.client, request.round, request.version, request.layout, state - start,
+            request.client, request.round, request.version, request.layout, sent,
             len(self.data.parts[request.client]), fit.steps, fit.tokens, fit.loss,
         )  # fmt: skip
+        honest = self.guard.release(honest, columns)
         try:
             said = self.behaviour.act(honest, self.affected, self.seed, "attack", request.client, request.round)
         except Exception as error:
@@ -137,7 +161,7 @@ class Node:
             return None
         reply = TrainReply(
             said.client, said.round, said.version, said.layout, said.update, said.examples, said.steps, said.tokens,
-            float("nan") if said.loss is None else said.loss,
+            said.loss,
         )  # fmt: skip
         return Message(reply.to_record(), reply_to=message)
 

@@ -83,7 +83,6 @@ def _go(
     from fl.engine.cohort_grid import CohortGrid
     from fl.engine.flower import quiet_flower
     from fl.engine.in_process import InProcessGrid
-    from fl.initialise import statement
     from fl.server_app import Server
 
     quiet_flower()
@@ -110,9 +109,7 @@ def _go(
         plan = experiment.choose_plan()
         resolved["engine"] |= plan.settings()
         record |= _described(experiment, summary)
-        start = settings.adapter.initialisation
-        if isinstance(start, DataDriven):
-            record["privacy"] = f"{settings.privacy.statement()} {statement(start, experiment)}"
+        record |= _claim(experiment)
         record["settings"] = flat(resolved)
         folder.write_config(resolved)
         folder.write_run(record)
@@ -130,6 +127,7 @@ def _go(
         from fl.saving import export
 
         assert server.world is not None
+        record |= _claim(experiment)
         saved = export(experiment, server.world.server, folder.path / "adapter", _card(record, resolved))
         final = {**server.final(), **{k: v for k, v in saved.scores.items() if k != "examples"}}
         record["saved"] = saved.record()
@@ -144,6 +142,7 @@ def _go(
         experiment.close()
         if final is None and server is not None and server.world is not None:
             final = server.final()
+            record |= _claim(experiment)
         if final is not None:
             memory = environment.peak_device_memory_bytes() or environment.peak_memory_bytes()
             record["final"] = {**final, "peak_memory_bytes": memory}
@@ -188,7 +187,7 @@ def _started(
         "data": _choice(settings.data),
         "task": settings.model.task,
         "adapter": _choice(settings.adapter),
-        "privacy": settings.privacy.statement(),
+        "privacy": before.get("privacy") or "not known yet: the run ended before it was planned",
         "settings": flat(resolved),
         "overrides": words,
         "final": before.get("final"),
@@ -203,6 +202,18 @@ def _choice(part: Any) -> str:
         if isinstance(value, str):
             return value
     return type(part).__name__
+
+
+def _claim(experiment: Experiment) -> dict[str, Any]:
+    """The privacy statement as it stands, in words and as values."""
+    from fl.initialise import statement
+
+    made = experiment.guard.statement()
+    start = experiment.settings.adapter.initialisation
+    words = made.text()
+    if isinstance(start, DataDriven):
+        words = f"{words} {statement(start, experiment)}"
+    return {"privacy": words, "privacy_statement": made.as_plain()}
 
 
 def _described(experiment: Experiment, summary: dict[str, Any]) -> dict[str, Any]:

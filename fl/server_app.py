@@ -43,6 +43,8 @@ class Server:
     newest: dict[str, Any] = field(default_factory=dict)  # the last central evaluation
     busy_s: float = 0.0  # wall seconds since training began: rounds with their evaluation and records
     _began: float = field(default_factory=time.perf_counter)
+    _tested: tuple[int, int] | None = None  # round and version of the last central evaluation
+    stopped: str | None = None  # why the run ended before its last round
     restored: bool = False  # whether the state is that of a checkpoint
     _before_s: float = 0.0  # wall seconds before a resume
     _unsaved: tuple[dict[str, np.ndarray], dict[str, Any]] | None = None  # what `_save` has to save
@@ -90,6 +92,13 @@ class Server:
         self.experiment.trainer.on_cohort = lambda fits: self.progress.jobs(len(fits), sum(f.steps for f in fits))
         mark = time.perf_counter()
         for event in settings.schedule.run(world):
+            if event["event"] == "stop":
+                self._write(event)
+                self.stopped = event["reason"]
+                self._evaluate(world, last=True)
+                self._mark(world)
+                self._save()
+                break
             if event["event"] != "round":
                 self._write(event)
                 continue
@@ -124,7 +133,7 @@ class Server:
         keeps = s.aggregator.stateful or space.constant or s.adapter.initialisation is not None
         return World(
             grid, nodes, s.seed, experiment.per_round, server, s.aggregator, s.server_optimizer, s.sampling, s.network,
-            s.local, validator, Downlink(space, keeps), s.evaluation.aggregation_error and bool(space.modules),
+            s.local, validator, Downlink(space, keeps), experiment.guard, s.evaluation.aggregation_error and bool(space.modules),
         )  # fmt: skip
 
     def _write(self, event: Event) -> None:
@@ -137,7 +146,8 @@ class Server:
         """Evaluate where it is due after the round of ``world.server``; moves no random stream and no clock."""
         when, round = self.experiment.settings.evaluation, world.server.round
         common = {"round": round, "virtual_s": world.clock.now_s}
-        if when.central(round, last):
+        if when.central(round, last) and self._tested != (round, world.server.version):
+            self._tested = (round, world.server.version)
             self.newest = self.experiment.central(self.experiment.trainer, world.server.vector, world.server.base)
             self._write({"event": "eval", **common, "split": "test", **self.newest})
         if when.per_client(round, last):
@@ -178,6 +188,7 @@ class Server:
             "server": server,
             "clock": world.clock.now,
             "ledger": self.ledger.state(),
+            "privacy": world.guard.state(),
             "newest": self.newest,
             "metrics_offset": self.folder.offset(),
             "wall_s": self.wall_s,
@@ -208,6 +219,7 @@ class Server:
         world.downlink.restore(arrays, meta["downlink"])
         self.experiment.node.restore(arrays)
         self.ledger = Ledger.restore(meta["ledger"])
+        world.guard.restore(meta["privacy"])
         self.newest = meta["newest"]
         self.busy_s, self._before_s = meta["busy_s"], meta["wall_s"]
         self.folder.truncate(meta["metrics_offset"])
@@ -231,5 +243,6 @@ class Server:
             "tokens_per_s": totals["tokens"] / seconds,
             "rejected_updates": totals["rejected_updates"],
             "rejected": totals["rejected"],
-            "epsilon": None,
+            "epsilon": self.world.guard.epsilon,
+            "stopped": self.stopped,
         }

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from flwr.app import Message, RecordDict
 
-from fl.messages import EvaluateReply, EvaluateRequest, MalformedMessage, TrainReply, TrainRequest
+from fl.messages import BUDGET, EvaluateReply, EvaluateRequest, MalformedMessage, TrainReply, TrainRequest
 
 Reply = TypeVar("Reply", TrainReply, EvaluateReply)
 
@@ -25,6 +25,7 @@ class Reason(StrEnum):
     UNEXPECTED = "unexpected"  # nobody asked for it, or it names another client
     DUPLICATE = "duplicate"  # this job was answered already
     LATE = "late"  # after the round's deadline
+    BUDGET = "budget"  # the client's privacy budget is spent
     ERROR = "error"  # the client raised, or its node is gone
     SCHEMA = "schema"  # not the records, names and types of fl.messages
     VERSION = "version"  # made from another version or for another round
@@ -99,6 +100,8 @@ class Validator:
             return Rejection(Reason.LATE, "it came after the deadline")
         try:
             if reply.has_error():
+                if str(reply.error.reason).startswith(BUDGET):
+                    return Rejection(Reason.BUDGET, str(reply.error.reason)[:200])
                 return Rejection(Reason.ERROR, f"code {reply.error.code}: {reply.error.reason}")
             decoded = decode(reply.content)
             return _wrong_job(decoded, request) or faults(decoded) or decoded
@@ -114,7 +117,7 @@ class Validator:
             return Rejection(Reason.SHAPE, f"{reply.update.size} numbers, expected {size}")
         # float64: squares of float32 can't overflow it, so the norm is finite exactly if every number is.
         norm = float(np.sqrt(np.square(reply.update, dtype=np.float64).sum()))
-        if not np.isfinite(norm) or not np.isfinite(reply.loss):
+        if not np.isfinite(norm) or not np.isfinite(reply.loss or 0.0):
             return Rejection(Reason.NOT_FINITE, f"update of norm {norm}, loss {reply.loss}")
         if self.max_norm is not None and norm > self.max_norm:
             return Rejection(Reason.TOO_LARGE, f"norm {norm:.6g} is above {self.max_norm:.6g}")

@@ -1,15 +1,161 @@
-"""What a privacy mechanism says of itself."""
+"""What a privacy mechanism promises (`Privacy`, `Statement`) and how it is kept while a run goes on (`Guard`).
+
+A mechanism acts at four places, and nowhere else:
+
+* before anything loads, `Privacy.check` refuses settings that it can't account for;
+* at the data holder, `Guard.job` decides how a job samples, clips and noises, or refuses it, and `Guard.release` is
+  the last thing that touches a reply;
+* at the server, `Guard.collect` turns the accepted updates into those that an aggregation rule sees;
+* `Guard.books` count what has really been spent; they are in the checkpoint, and the statement is made from them.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from clients.behaviours.base import ReplyFields
+from clients.local.private import Private
+from fl.errors import ShoalError
+from fl.state import ServerState, Update
+
+if TYPE_CHECKING:
+    from clients.adapters.space import Space
+    from fl.experiment import Settings
+
+
+class BudgetSpent(ShoalError):
+    """A client's next step would exceed its budget: it takes part no more. Others go on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a private job goes: the examples of each step (a batch may be empty) and what its gradients pass."""
+
+    batches: list[np.ndarray]
+    private: Private
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A privacy claim, whole: no number of it means anything without the others.
+
+    ``epsilon`` is what has been spent (the largest of all holders; None: no finite bound), ``target`` what may be
+    spent; ``holders`` has a row for each group of holders that are alike. ``against`` says who is assumed to see what,
+    ``uncovered`` what the claim does not cover, ``also`` what other ways of counting would print, and why not.
+    """
+
+    mechanism: str
+    unit: str | None = None
+    relation: str | None = None
+    sampling: str | None = None
+    clipping: str | None = None
+    noise: str | None = None
+    participation: str | None = None
+    accountant: str | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+    target: float | None = None
+    against: str = ""
+    uncovered: list[str] = field(default_factory=list)
+    holders: list[dict[str, Any]] = field(default_factory=list)
+    also: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """The claim in sentences, for run.json and the model card."""
+        parts = [self.mechanism.rstrip(".") + "."]
+        if self.unit is not None and self.epsilon is not None and self.delta is not None:
+            target = "" if self.target is None else f" of a budget of {self.target:g}"
+            parts.append(
+                f"({self.epsilon:.4g}, {self.delta:.3g})-differential privacy was spent{target}, for one {self.unit}, "
+                f"neighbours by {self.relation}, by the {self.accountant} accountant."
+            )
+        elif self.unit is not None:
+            parts.append(f"No finite epsilon, for one {self.unit}.")
+        named = (
+            ("Sampling", self.sampling),
+            ("Clipping", self.clipping),
+            ("Noise", self.noise),
+            ("Participation", self.participation),
+            ("Holds against", self.against),
+            ("Not covered", "; ".join(self.uncovered)),
+            ("Counted otherwise", "; ".join(self.also)),
+        )
+        parts += [f"{name}: {value}." for name, value in named if value]
+        return " ".join(parts)
+
+    def as_plain(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+class Guard:
+    """The privacy of one run at work. This one promises nothing and changes nothing; mechanisms override.
+
+    The client half (`job`, `release`) is called where the data are, the server half (`collect`) at the server; what
+    both know is public.
+    """
+
+    def __init__(self, statement: Statement | None = None):
+        self._statement = statement or Statement("No privacy mechanism")
+
+    def job(self, client: int, round: int, fingerprint: str, examples: np.ndarray, memory: dict) -> Job | None:
+        """How ``client`` does its job of ``round`` on ``examples``; None: as its local algorithm would by itself.
+
+        ``fingerprint`` names the request's content, so that a job that is delivered twice is the same job, and costs
+        nothing more, and one with other content is another. ``memory`` is what the client keeps between jobs. Raises
+        `BudgetSpent`.
+        """
+        return None
+
+    def release(self, reply: ReplyFields, columns: np.ndarray) -> ReplyFields:
+        """What may leave the client of an honest reply; ``columns`` of the layout are what its update covers."""
+        return reply
+
+    def collect(self, server: ServerState, updates: Sequence[Update], round: int, lr: float) -> list[Update]:
+        """What an aggregation rule is given of the accepted ``updates`` of ``round``."""
+        return list(updates)
+
+    def stopped(self) -> str | None:
+        """Why no further round may begin, or None."""
+        return None
+
+    @property
+    def epsilon(self) -> float | None:
+        """What has been spent so far: the largest of all holders. None where nothing is promised."""
+        return self.statement().epsilon
+
+    def statement(self) -> Statement:
+        """The claim, as far as the run has come."""
+        return self._statement
+
+    def state(self) -> dict[str, Any]:
+        """The books as plain values, for a checkpoint."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Undo `state`. Raises `ConfigError` where the books are those of other settings."""
 
 
 @dataclass(frozen=True)
 class Privacy(ABC):
-    """A promise about privacy, or its absence; the settings are fields."""
+    """A promise about privacy, or its absence; the settings are fields.
+
+    ``unit`` is what the claim is about: an ``example``, a ``client`` (all that it holds), or None.
+    """
+
+    unit: ClassVar[str | None] = None
+
+    def check(self, settings: Settings) -> None:
+        """Raise `ConfigError`, before anything loads, for settings that the claim can't account for."""
 
     @abstractmethod
-    def statement(self) -> str:
-        """A sentence or two for run.json and the model card: what is promised to whom, or that nothing is."""
+    def guard(self, settings: Settings, sizes: Sequence[int], space: Space) -> Guard:
+        """The guard of a run whose clients hold ``sizes`` training examples and train in ``space``.
+
+        Plans and calibrates the noise. Raises `ConfigError` where the target can't be reached.
+        """

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fl.config import setting
 from fl.errors import ConfigError
-from privacy.base import Privacy
+from privacy.base import Guard, Privacy, Statement
+
+if TYPE_CHECKING:
+    from clients.adapters.space import Space
+    from fl.experiment import Settings
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,10 @@ class NoPrivacy(Privacy):
                 "Choose a mechanism from `shoal list privacy`, or leave privacy.epsilon=null.",
             )
 
-    def statement(self) -> str:
-        return (
-            "No privacy guarantee: no noise was added to what clients sent, and the server saw every client's update "
-            "in the clear. The updates and the adapter may reveal the training data."
-        )
+    def guard(self, settings: Settings, sizes: Sequence[int], space: Space) -> Guard:
+        secure = getattr(settings, "secure_aggregation", None)
+        seen = "the server saw every client's update in the clear"
+        if secure is not None and secure.active:
+            seen = "the server saw sums of updates alone (secure aggregation), which are exact"
+        text = f"No privacy guarantee: no noise was added to what clients sent, and {seen}"
+        return Guard(Statement(f"{text}. The updates and the adapter may reveal the training data"))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from clients.cohort import Cohort, CohortBatch
+from clients.local import private
 from clients.local.training import LocalTraining, Work
 from fl.config import setting
 from fl.errors import ConfigError
@@ -47,7 +48,7 @@ class DyLoRA(LocalTraining):
     ) -> tuple[Tensor, Tensor]:
         draws = [draw(work, step) for work in works]
         factor, moving = self.masks(cohort, params, works, draws)
-        losses, grads = cohort.gradients(params * factor, batch, self.accumulation)
+        losses, grads = private.gradients(cohort, params * factor, batch, works, step, self.accumulation)
         return losses, grads.mul_(factor).mul_(moving)
 
     def masks(
@@ -93,6 +94,8 @@ class DyLoRA(LocalTraining):
 
 
 def draw(work: Work, step: int) -> float:
-    """In [0, 1), for the step ``step`` of ``work``."""
+    """In [0, 1), for the step ``step`` of ``work``: of a private job not by its examples, which are secret."""
+    if work.private is not None:
+        return float(generator("dylora", *work.private.key, step).random())
     examples = (int(example) for example in work.batches[step])
     return float(generator("dylora", work.client, work.round, step, *examples).random())

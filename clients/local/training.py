@@ -13,12 +13,14 @@ from torch import Tensor
 
 from clients.adapters.base_change import Change
 from clients.cohort import Cohort, CohortBatch
+from clients.local import private
 from clients.local.optimizers import AdamW, Optimizer
 from fl.config import setting
 from fl.errors import ConfigError, ShoalError
 from fl.keys import generator
 
 Memory = dict[str, np.ndarray]
+CLIP = "clip"  # the memory's name for a clipping norm that adapts
 
 
 @dataclass
@@ -27,7 +29,8 @@ class Work:
 
     ``round`` is the round (or version) that the job belongs to; ``memory`` is what the client kept from its last job.
     Only the tensors of ``groups`` train (None: all); ``base`` is added to the base's own weights. Jobs are trained
-    together only if their ``shared`` is equal: it names the version of what does not train.
+    together only if their ``shared`` is equal: it names the version of what does not train. ``private`` says how
+    gradients are clipped and noised (None: not at all).
     """
 
     client: int
@@ -39,12 +42,13 @@ class Work:
     groups: tuple[str, ...] | None = None
     base: Change | int = 0  # a number names one that the worker holds (`Worker.hold`); 0 is no change
     shared: tuple[int, ...] = ()
+    private: private.Private | None = None
 
 
 @dataclass
 class Fit:
     """What a job gives: the new state ``(n,)`` of the tensors that trained, whole, the mean loss over its steps, the
-    work done, the memory to keep."""
+    work done, the memory to keep. ``sent`` ``(n,)`` is what the client sends, where that is not its change of state."""
 
     client: int
     state: np.ndarray
@@ -52,6 +56,7 @@ class Fit:
     steps: int
     tokens: int
     memory: Memory = field(default_factory=dict)
+    sent: np.ndarray | None = None
 
 
 # Builds the cohort's batch of one step for the slots that are still active: (slot indices, step) -> batch.
@@ -130,7 +135,7 @@ class LocalTraining:
 
         ``works`` are the slots' jobs; ``step`` counts from 0. Whatever is drawn comes from a key that names these.
         """
-        return cohort.gradients(params, batch, self.accumulation)
+        return private.gradients(cohort, params, batch, works, step, self.accumulation)
 
     def direction(self, params: Tensor, grads: Tensor, start: Tensor, cohort: Cohort) -> Tensor:
         """What the optimiser sees, from the gradient; all ``(S, d)`` in ``cohort.layout``. Algorithms change this."""
@@ -172,7 +177,16 @@ class LocalTraining:
                 tokens[slot] += int(real[slot])
         mean = (losses.cpu() / torch.tensor(counts, dtype=torch.float64)).tolist()
         final = params.cpu().numpy()
-        return [Fit(w.client, final[s].copy(), mean[s], counts[s], tokens[s], w.memory) for s, w in enumerate(works)]
+        return [
+            Fit(w.client, final[s].copy(), mean[s], counts[s], tokens[s], kept(w)) for s, w in enumerate(works)
+        ]
+
+
+def kept(work: Work) -> Memory:
+    """What the client keeps of a job: what it kept before and, where clipping adapts, the norm it has come to."""
+    if work.private is None or work.private.adaptive is None:
+        return work.memory
+    return work.memory | {CLIP: np.array([work.private.clip])}
 
 
 def clip_rows(grads: Tensor, clip_norm: float) -> Tensor:

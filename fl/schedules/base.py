@@ -25,6 +25,7 @@ from fl.network import Network
 from fl.sampling import Sampling
 from fl.state import ServerState, Update
 from fl.validation import Validator
+from privacy.base import Guard
 
 Event = dict[str, Any]
 MESSAGE_TYPE = {"train": "train", "evaluate": "evaluate", "statistic": "query"}  # Flower's types of messages
@@ -46,6 +47,7 @@ class World:
     local: LocalTraining
     validator: Validator
     downlink: Downlink
+    guard: Guard = field(default_factory=Guard)
     measure_error: bool = False  # compare each new version's weight change with the mean of the clients'
     clock: Clock = field(default_factory=Clock)
 
@@ -116,9 +118,15 @@ class Schedule(ABC):
     rounds: int = setting(10, ge=1, help="rounds of training")
     max_update_norm: float = setting(1e4, gt=0, help="an update of larger L2 norm is rejected")
 
+    def participations(self) -> int | None:
+        """How many jobs one client can be asked for in the whole run, at most; None: there is no bound."""
+        return None
+
     @abstractmethod
     def run(self, world: World) -> Iterator[Event]:
         """Go on from ``world.server.round`` until ``rounds``; sets ``world.server`` before it yields a round event.
+
+        Ends early, with an event ``stop`` that says why, where the guard lets no further round begin.
 
         Raises `fl.errors.RunStopped` where it can't go on.
         """

@@ -36,8 +36,15 @@ class Synchronous(Schedule):
     deadline_s: float | None = setting(None, gt=0, help="virtual seconds after which a round ends; null: none")
     min_clients: int = setting(1, ge=1, help="accepted updates that a round needs; with fewer the run stops")
 
+    def participations(self) -> int | None:
+        return self.rounds
+
     def run(self, world: World) -> Iterator[Event]:
         for round in range(world.server.round + 1, self.rounds + 1):
+            reason = world.guard.stopped()
+            if reason is not None:
+                yield {"event": "stop", "round": world.server.round, "virtual_s": world.clock.now_s, "reason": reason}
+                return
             yield from self._round(world, round)
 
     def _round(self, world: World, round: int) -> Iterator[Event]:
@@ -103,21 +110,23 @@ class Synchronous(Schedule):
                 f"{_WAY_OUT}"
             )
         new, error = server, None
-        if updates:
-            new = world.aggregator.aggregate(server, updates, world.optimizer)
-            if world.measure_error:
+        losses = [u.loss for u in updates if u.loss is not None]
+        accepted = len(updates)
+        collected = world.guard.collect(server, updates, round, lr)
+        if collected:
+            new = world.aggregator.aggregate(server, collected, world.optimizer)
+            if world.measure_error and collected == updates:
                 error = relative_error(server, updates, world.aggregator.shares(updates), new)
             new = world.accept(server, new)
         moved = float(np.linalg.norm(new.vector.astype(np.float64) - server.vector.astype(np.float64)))
         world.server = new.replace(round=round)
-        losses = [u.loss for u in updates if u.loss is not None]
         yield {
             "event": "round",
             "round": round,
             "version": world.server.version,
             "virtual_s": world.clock.now_s,
             "sampled": len(asked),
-            "accepted": len(updates),
+            "accepted": accepted,
             "rejected": dict(sorted(rejected.items())),
             "bytes_down": totals["bytes_down"],
             "bytes_up": totals["bytes_up"],
@@ -127,7 +136,7 @@ class Synchronous(Schedule):
             "update_norm": moved,
             "bytes_once": once,
             "aggregation_error": error,
-            "epsilon": None,
+            "epsilon": world.guard.epsilon,
         }
 
     def _sample(self, world: World, round: int) -> list[int]:

@@ -27,4 +27,6 @@ def test_none_says_so():
     privacy = build(yaml.safe_load(CONFIG.read_text()), "privacy", Privacy)
     assert privacy == NoPrivacy()
     assert privacy.epsilon is None
-    assert privacy.statement().startswith("No privacy guarantee:")
+    guard = privacy.guard(None, [3], None)  # type: ignore[arg-type]
+    assert guard.statement().text().startswith("No privacy guarantee:")
+    assert guard.epsilon is None

@@ -1,0 +1,1 @@
+"""What can be shown against a claimed epsilon: statistics that bound it from below."""

@@ -1,0 +1,185 @@
+"""DP-SGD at every client: example-level differential privacy, against the server and everybody who sees its models.
+
+Per-sample clipping, noise before anything leaves the gradient, Poisson sampling (see `clients.local.private`): Abadi et
+al., arXiv 1607.00133. What comes after - any optimiser, proximal terms, averaging, SVDs, residuals - is post-processing.
+
+Client i with n_i examples samples at rate ``q_i = batch_size / n_i`` and takes part in every round in the worst case,
+so its noise multiplier is calibrated for all steps that it can be asked for, once for the whole run, and one account
+lasts through it. Calibrated noise therefore differs between clients: little data needs much noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar
+
+from clients.local.private import CLIPPING, AdaptiveClip, Private
+from clients.local.training import CLIP, LocalTraining
+from fl.config import setting
+from fl.errors import ConfigError
+from privacy import accounting, example_level
+from privacy.accounting import ACCOUNTANTS, Mechanism, SampledGaussian
+from privacy.base import Guard, Privacy, Statement
+from privacy.ledger import Book, spent, steps_within
+
+if TYPE_CHECKING:
+    from clients.adapters.space import Space
+    from fl.experiment import Settings
+
+PAPERS = ("fed_sb", "fedsvd")
+
+
+@dataclass(frozen=True)
+class DPSGD(Privacy):
+    """DP-SGD in every client's local training.
+
+    ``epsilon`` is a target for each client at its own ``delta`` (null: 1/n_i), and sets the noise; ``noise_multiplier``
+    sets the noise instead, and with a target beside it the client stops when its next step would exceed it.
+    ``participations`` is how many rounds of a client the noise is calibrated for (null: all): fewer means less noise,
+    and a client that has taken part so often takes part no more.
+    """
+
+    unit: ClassVar[str | None] = "example"
+
+    epsilon: float | None = setting(3.0, gt=0, help="target for each client; sets the noise, or where to stop")
+    delta: float | None = setting(None, gt=0, lt=1, help="null: 1/n_i at a client with n_i examples")
+    noise_multiplier: float | None = setting(None, gt=0, help="noise in units of clip; null: calibrated to epsilon")
+    clip: float = setting(1.0, gt=0, help="L2 norm that each example's gradient is clipped to (the first, if adaptive)")
+    clipping: str = setting("flat", choices=CLIPPING, help="over all that trains, each tensor, or each adapted module")
+    adaptive: bool = setting(False, help="the clipping norm follows a quantile of the gradients' norms, privately")
+    quantile: float = setting(0.5, gt=0, lt=1, help="quantile of the norms that adaptive clipping aims at")
+    clip_rate: float = setting(0.2, gt=0, help="step size eta of adaptive clipping")
+    count_noise: float | None = setting(None, gt=0, help="noise s_b of its count, in examples; null: batch_size/20")
+    participations: int | None = setting(None, ge=1, help="rounds of a client that the noise is for; null: all")
+    accountant: str = setting("rdp", choices=ACCOUNTANTS, help="how steps are composed")
+    paper: str | None = setting(None, choices=[None, *PAPERS], help="whose way of counting is printed beside ours")
+    audit: bool = setting(False, help="plant canaries and measure a lower bound on epsilon (see `shoal audit`)")
+
+    def __post_init__(self) -> None:
+        if self.epsilon is None and self.noise_multiplier is None:
+            way_out = "Give one: privacy.epsilon=3, or privacy.noise_multiplier=1."
+            raise ConfigError("privacy.epsilon", None, "a target, where privacy.noise_multiplier is null too", way_out)
+        if self.adaptive and self.clipping != "flat":
+            raise ConfigError("privacy.clipping", self.clipping, "flat, where privacy.adaptive is true")
+
+    def check(self, settings: Settings) -> None:
+        example_level.check(settings)
+
+    def guard(self, settings: Settings, sizes: Sequence[int], space: Space) -> Guard:
+        return DPSGDGuard(self, settings, sizes)
+
+
+class DPSGDGuard(example_level.ExampleGuard):
+    """Plans every client's noise, grants its steps, and states what they cost."""
+
+    def __init__(self, privacy: DPSGD, settings: Settings, sizes: Sequence[int]):
+        self.privacy, self.sizes = privacy, list(sizes)
+        self.batch_size, self.rounds = settings.local.batch_size, settings.schedule.rounds
+        most = settings.schedule.participations()
+        assert most is not None  # `check` has refused a schedule without a bound
+        self.participations = most if privacy.participations is None else min(most, privacy.participations)
+        start = settings.adapter.initialisation
+        rates, books = [], []
+        for size in sizes:
+            rate = min(1.0, self.batch_size / size)
+            rates.append(rate)
+            once = example_level.start_release(start, size)
+            books.append(self._book(rate, size, settings.local, once, most))
+        super().__init__(settings.seed, settings.local, rates, books)
+
+    def _book(self, rate: float, size: int, local: LocalTraining, once: tuple[Mechanism, ...], most: int) -> Book:
+        p, steps = self.privacy, local.num_steps(size)
+        delta = 1 / size if p.delta is None else p.delta
+        if delta >= 1:
+            allowed = "below 1: a client with one example has no delta = 1/n"
+            raise ConfigError("privacy.delta", delta, allowed, "Give privacy.delta, or raise partition.min_size.")
+        noise, limit = p.noise_multiplier, None
+        if noise is None:
+            assert p.epsilon is not None
+            noise = _calibrated(rate, steps * self.participations, once, p.epsilon, delta, p.accountant)
+        running = SampledGaussian(noise, rate, 1)
+        if p.epsilon is not None:
+            limit = steps_within(running, once, p.epsilon, delta, p.accountant, steps * most)
+        if p.participations is not None:
+            limit = min(steps * self.participations, steps * most if limit is None else limit)
+        return Book(running, delta, p.accountant, once, limit)
+
+    def private(self, client: int, key: tuple[int | str, ...], memory: dict) -> Private:
+        p = self.privacy
+        noise = self.books[client].running.noise_multiplier
+        clip, adaptive = p.clip, None
+        if p.adaptive:
+            count = self.batch_size / 20 if p.count_noise is None else p.count_noise
+            noise, adaptive = gradient_noise(noise, count), AdaptiveClip(p.quantile, p.clip_rate, count)
+            clip = float(memory[CLIP][0]) if CLIP in memory else clip
+        # The expected batch of a client with less data than a batch is all of it.
+        expected = self.rates[client] * self.sizes[client]
+        return Private(clip, noise, expected, key, p.clipping, adaptive)
+
+    def statement(self) -> Statement:
+        p, rows = self.privacy, self.rows(self.sizes)
+        noises = sorted({book.running.noise_multiplier for book in self.books.values()})
+        rates = sorted({row["rate"] for row in rows})
+        groups = {
+            "flat": "all that trains",
+            "per_layer": "each tensor (C over the root of their number)",
+            "per_adapter": "each adapted module and the head (C over the root of their number)",
+        }[p.clipping]
+        adaptive = ""
+        if p.adaptive:
+            adaptive = f", C following the {p.quantile:g} quantile by a noisy count that the noise multiplier includes"
+        return example_level.statement(
+            "DP-SGD at every client",
+            rows,
+            target=p.epsilon,
+            sampling=f"Poisson, at rate batch_size/n_i ({_range(rates)}), divisor the expected batch",
+            clipping=f"each example's gradient to L2 norm C = {p.clip:g} over {groups}{adaptive}",
+            noise=f"Gaussian, {_range(noises)} x C on the sum of a batch, drawn by the client from the run's seed",
+            participation=f"up to {self.participations} of {self.rounds} rounds of a client; "
+            f"{_range(sorted({row['steps'] for row in rows}))} steps taken",
+            accountant=accounting.named(p.accountant),
+            against="the server, other clients and whoever sees the models, if they do not know the run's seed",
+            also=[*self._as_paper(rows)],
+        )
+
+    def _as_paper(self, rows: Sequence[dict]) -> list[str]:
+        """What the code of `DPSGD.paper` would print for the same noise."""
+        if self.privacy.paper is None:
+            return []
+        row = example_level.worst(rows)
+        book, size = self.books[row["client"]], row["examples"]
+        if self.privacy.paper == "fed_sb":
+            delta, steps = 1 / -(-size // self.batch_size), book.steps
+            how = f"delta = 1/batches = {delta:.3g} (Fed-SB's code), which is no smaller than one example's share"
+        else:
+            delta, steps = book.delta, self.local.num_steps(size)
+            how = "one round's steps alone (FedSVD's code starts a new account each round), which forgets the others"
+        told = spent((book.running.of(min(steps, book.steps)),), delta, book.accountant)
+        return [f"epsilon {told:.4g} by {how}"]
+
+
+@lru_cache(maxsize=4096)
+def _calibrated(
+    rate: float, steps: int, once: tuple[Mechanism, ...], epsilon: float, delta: float, accountant: str
+) -> float:
+    """The noise multiplier that ``steps`` steps beside ``once`` need for the target."""
+    return accounting.calibrate(lambda z: [*once, SampledGaussian(z, rate, steps)], epsilon, delta, accountant)
+
+
+def gradient_noise(total: float, count: float) -> float:
+    """The gradient's own noise multiplier where a count with noise s_b is released too: (z^-2 - (2 s_b)^-2)^-1/2.
+
+    Andrew et al., arXiv 1905.03871, theorem 1. Raises `ConfigError` where the count alone costs more than z allows.
+    """
+    rest = total**-2 - (2 * count) ** -2
+    if rest <= 0:
+        allowed = f"above {total / 2:.4g}, half the noise multiplier {total:.4g}: the count alone would cost more"
+        raise ConfigError("privacy.count_noise", count, allowed, "Raise it, or local.batch_size.")
+    return rest**-0.5
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{values[0]:.4g}", f"{values[-1]:.4g}"
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,145 @@
+"""What mechanisms at the level of examples share: Poisson batches, budgets of data holders, and what must be refused.
+
+The unit is one training example of one client, neighbours by adding or removing it; clients hold disjoint data, so a
+holder's own account is the guarantee of each of its examples, and the run's is the largest of all holders'. The number
+of a client's examples, and with it the sampling rate, is taken as public, as DP-SGD always does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from clients.adapters.initial.base import DataDriven, Initialisation
+from clients.behaviours.base import ReplyFields
+from clients.local.private import Private
+from clients.local.training import LocalTraining
+from fl.errors import ConfigError
+from fl.keys import generator
+from privacy.accounting import Mechanism, SampledGaussian
+from privacy.base import BudgetSpent, Guard, Job, Statement
+from privacy.ledger import Book
+
+if TYPE_CHECKING:
+    from fl.experiment import Settings
+
+
+def check(settings: Settings, unit: str = "example") -> None:
+    """Raise `ConfigError` for what no mechanism of examples accounts for."""
+    if settings.schedule.participations() is None:
+        raise ConfigError(
+            "schedule", type(settings.schedule).__name__,
+            "a schedule that bounds how often a client takes part: without a bound there is no worst case to account for",
+            "Choose another schedule, or privacy=none.",
+        )  # fmt: skip
+    check_start(settings.adapter.initialisation, "private")
+    local = settings.local
+    if type(local).fit is not LocalTraining.fit and not getattr(local, "keeps_private", False):
+        raise ConfigError(
+            "local", type(local).__name__, "a local algorithm whose every use of data passes the private gradient",
+            "Choose local=sgd, momentum, adamw or fedprox.",
+        )  # fmt: skip
+
+
+def check_start(start: Initialisation | None, private: str | None) -> None:
+    """Refuse an adapter's start that looks at clients' data outside the claim. ``private`` is the source that the
+    claim covers; None: only public data."""
+    if not isinstance(start, DataDriven) or start.source in ("public", private):
+        return
+    allowed = "public" if private is None else f"public or {private}"
+    raise ConfigError(
+        "adapter.init.source", start.source,
+        f"{allowed}: a start made from clients' data without noise is outside every privacy claim",
+        "Set adapter.init.source=public data.public=200, or start without data (adapter=lora_xs).",
+    )  # fmt: skip
+
+
+def start_release(start: Initialisation | None, size: int) -> tuple[Mechanism, ...]:
+    """What a private start has cost a client with ``size`` examples: one sampled Gaussian release."""
+    if not isinstance(start, DataDriven) or start.source != "private":
+        return ()
+    return (SampledGaussian(start.noise, min(1.0, start.examples / size), 1),)
+
+
+def poisson_batches(steps: int, rate: float, examples: np.ndarray, *key: int | str) -> list[np.ndarray]:
+    """Each example in each step's batch by itself with probability ``rate``; a batch may be empty."""
+    rng = generator(*key, "poisson")
+    return [examples[rng.random(len(examples)) < rate] for _ in range(steps)]
+
+
+class ExampleGuard(Guard):
+    """Poisson batches and one `Book` for each client; subclasses say how a gradient is made private."""
+
+    def __init__(self, seed: int, local: LocalTraining, rates: Sequence[float], books: Sequence[Book]):
+        self.seed, self.local, self.rates = seed, local, list(rates)
+        self.books = dict(enumerate(books))
+
+    def private(self, client: int, key: tuple[int | str, ...], memory: dict) -> Private:
+        raise NotImplementedError
+
+    def job(self, client: int, round: int, fingerprint: str, examples: np.ndarray, memory: dict) -> Job | None:
+        steps = self.local.num_steps(len(examples))
+        granted = self.books[client].grant(round, fingerprint, steps)
+        if granted == 0:
+            book = self.books[client]
+            raise BudgetSpent(f"client {client} has taken all {book.limit} steps that its budget allows")
+        # The content is part of the key: two different questions never get the same noise.
+        key: tuple[int | str, ...] = (self.seed, "private", client, round, fingerprint)
+        batches = poisson_batches(granted, self.rates[client], examples, *key)
+        return Job(batches, self.private(client, key, memory))
+
+    def release(self, reply: ReplyFields, columns: np.ndarray) -> ReplyFields:
+        # Loss and tokens come from the drawn examples without noise. The number of examples is public here.
+        return replace(reply, loss=None, tokens=0)
+
+    def stopped(self) -> str | None:
+        if all(book.exhausted for book in self.books.values()):
+            return "every client has spent its privacy budget"
+        return None
+
+    def state(self) -> dict:
+        return {str(client): book.state() for client, book in self.books.items()}
+
+    def restore(self, state: dict) -> None:
+        for client, book in self.books.items():
+            book.restore(state[str(client)])
+
+    @property
+    def epsilon(self) -> float | None:
+        return max(book.epsilon for book in self.books.values())
+
+    def rows(self, sizes: Sequence[int]) -> list[dict]:
+        """A row of the statement for each client: what it spent, and what that is made of."""
+        return [
+            {
+                "client": client, "examples": sizes[client], "rate": self.rates[client], "steps": book.steps,
+                "limit": book.limit, "mechanism": book.running.of(book.steps).describe(), "delta": book.delta,
+                "epsilon": book.epsilon,
+            }
+            for client, book in self.books.items()
+        ]  # fmt: skip
+
+
+def worst(rows: Sequence[dict]) -> dict:
+    """The row of the largest epsilon; of equal ones that of the largest delta."""
+    return max(rows, key=lambda row: (row["epsilon"], row["delta"]))
+
+
+UNCOVERED = [
+    "evaluations on clients' own held-out examples, whose results are sent as they are",
+    "the choice of hyper-parameters by looking at results",
+    "the number of examples of each client, which counts as public",
+    "who takes part when, and how long it takes",
+]
+
+
+def statement(mechanism: str, rows: list[dict], **parts) -> Statement:
+    """The claim of the worst holder, with all holders' rows."""
+    top = worst(rows)
+    return Statement(
+        mechanism, "example of one client", "adding or removing it", epsilon=top["epsilon"],
+        delta=max(row["delta"] for row in rows), holders=rows, uncovered=UNCOVERED, **parts,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Sums of clients' vectors that show nobody a single client's vector."""
