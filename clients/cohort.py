@@ -32,6 +32,8 @@ from fl.keys import Part
 
 # Scalars of per-sample gradients that are held at a time: 256 MiB in float32, and about three times that at the peak.
 SAMPLE_SCALARS = 1 << 26
+# Samples below this share of a piece's longest begin a new one; not before this many tokens, which keep products fast.
+LIKE, PIECE_TOKENS = 0.75, 512
 
 
 @dataclass
@@ -85,13 +87,15 @@ class CohortBatch:
     def samples(self, most: int) -> Iterator[tuple[Tensor, Tensor, CohortBatch]]:
         """Pieces of at most ``most`` real samples, each a slot of its own: (slots, places in them, the piece).
 
-        Samples of like length go together, and a piece is as wide as its longest.
+        The longest come first, and a piece is as wide as its longest: a new one begins where samples have become
+        shorter than `LIKE` times that, once there are `PIECE_TOKENS` tokens for an efficient pass.
         """
         slots, places = torch.nonzero(self.weights > 0, as_tuple=True)
-        lengths = self.attention_mask[slots, places].sum(-1)
-        order = torch.argsort(lengths, descending=True, stable=True)
-        for part in order.split(most):
-            at, width = (slots[part], places[part]), max(1, int(lengths[part].max()))
+        # Up to the last token that counts: a mask may have gaps.
+        ends = (self.attention_mask[slots, places] * torch.arange(1, self.input_ids.shape[2] + 1).to(slots)).amax(-1)
+        order = torch.argsort(ends, descending=True, stable=True)
+        for low, high, width in _like_pieces(ends[order].tolist(), most):
+            at = (slots[order[low:high]], places[order[low:high]])
             keys, offsets = None, None
             if self.keys is not None:
                 begin = self.offsets or [0] * len(self.counts)
@@ -103,7 +107,7 @@ class CohortBatch:
                 CohortBatch(
                     self.input_ids[at][:, None, :width], self.attention_mask[at][:, None, :width],
                     labels[:, None, :width] if self.labels.dim() == 3 else labels[:, None],
-                    self.weights.new_ones(len(part), 1), [1] * len(part), keys, offsets,
+                    self.weights.new_ones(high - low, 1), [1] * (high - low), keys, offsets,
                     None if self.prefix is None else self.prefix[at][:, None, :width],
                 ),
             )  # fmt: skip
@@ -126,6 +130,19 @@ class CohortBatch:
                 )
             )  # fmt: skip
         return pieces
+
+
+def _like_pieces(lengths: list[int], most: int) -> Iterator[tuple[int, int, int]]:
+    """``(first, end, width)`` of the pieces of samples whose ``lengths`` fall: see `CohortBatch.samples`."""
+    low = 0
+    while low < len(lengths):
+        width, high = max(1, lengths[low]), low + 1
+        while high < min(len(lengths), low + most) and (
+            lengths[high] >= LIKE * width or (high - low) * width < PIECE_TOKENS
+        ):
+            high += 1
+        yield low, high, width
+        low = high
 
 
 Swap = tuple[nn.Module, str, Stacked]  # where a stacked layer goes: its parent, the attribute, the layer
@@ -290,11 +307,12 @@ class Cohort:
         """Per-sample gradients of the real samples of ``batch`` at ``states`` ``(S, d)``, some samples at a time.
 
         Yields the slots ``(n,)`` and places in them ``(n,)`` of n samples, their losses ``(n,)`` and the gradients of
-        these ``(n, *shape)``, by tensor. A piece holds at most `SAMPLE_SCALARS` / d samples; ``parts`` > 1 divides
-        that further, to save memory.
+        these ``(n, *shape)``, by tensor. A piece holds at most `SAMPLE_SCALARS` / d samples, and one of ``parts`` of
+        what the batch has room for.
         """
         views, gains = self.layout.views(states.detach()), self.gains
-        most = max(1, SAMPLE_SCALARS // (max(1, self.layout.size) * parts))
+        room = batch.weights.numel()
+        most = max(1, min(SAMPLE_SCALARS // max(1, self.layout.size), -(-room // parts)))
         for slots, places, piece in batch.samples(most):
             leaves = {n: v[slots].requires_grad_() for n, v in views.items()}
             self.gains = {name: gain[slots] for name, gain in gains.items()}
@@ -303,15 +321,11 @@ class Cohort:
             finally:
                 self.gains = gains
             grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
-            yield (
-                slots,
-                places,
-                losses.detach(),
-                {
-                    n: torch.zeros_like(leaf) if g is None else g
-                    for (n, leaf), g in zip(leaves.items(), grads, strict=True)
-                },
-            )
+            found = {
+                n: torch.zeros_like(leaf) if g is None else g
+                for (n, leaf), g in zip(leaves.items(), grads, strict=True)
+            }
+            yield slots, places, losses.detach(), found
 
     def sample_gradients(self, states: Tensor, batch: CohortBatch) -> tuple[Tensor, Tensor]:
         """Losses ``(S, B)`` and gradients ``(S, B, d)`` of each sample by itself (weight one); padding samples give 0."""

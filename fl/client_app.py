@@ -19,6 +19,6 @@ def client_app(node: Node, batch_size: int) -> ClientApp:
         return node.evaluate(messages, batch_size)
 
     def query(messages: list[Message], context: Context) -> list[Message]:
-        return node.statistics(messages)
+        return node.query(messages)
 
     return cohort_app(train, evaluate, query)

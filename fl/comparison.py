@@ -14,6 +14,9 @@ At that value, over the n completed seeds, with the sample standard deviation (n
 - the relative aggregation error ``||E|| / ||D*||`` (``aggregation_error``) of the first and the last round with one.
 
 A gap is *not resolved* where the intervals mean +- standard deviation overlap, or where there is only one seed.
+
+A further axis (``privacy.epsilon``) makes rows of its own: the value is tuned for each variant at each of its values,
+and rows are compared with the best of those that share them, never across (`blocks`).
 """
 
 from __future__ import annotations
@@ -121,15 +124,18 @@ def compare(found: Collection) -> Comparison:
     for values in groups.values():
         rows = [_row(some, key, metric, target, made.higher_is_better) for some in values.values()]
         made.grid.append(sorted(rows, key=lambda row: rank(row.value)))
+    # By the further axes, and within one choice of them in the order of the variants.
+    made.grid.sort(key=lambda rows: [rank(value) for value in rows[0].settings.values()])
     chosen = [choose(rows, made.higher_is_better) for rows in made.grid]
     places = _places([row.metric.mean for row in chosen], made.higher_is_better)
     made.grid = [[replace(row, index=place) for row in rows] for rows, place in zip(made.grid, places)]
-    made.tuned = judged([replace(row, index=place) for row, place in zip(chosen, places)], made.higher_is_better)
+    made.tuned = _judged([replace(row, index=place) for row, place in zip(chosen, places)], made.higher_is_better)
     if key is not None:
         for shown in dict.fromkeys(show(row.value) for row in sorted(made.rows, key=lambda row: rank(row.value))):
             alike = [row for row in made.rows if show(row.value) == shown]
-            if len(alike) >= 2:
-                made.equal.append((alike[0].value, judged(alike, made.higher_is_better)))
+            alike = [row for _, some in blocks(alike) if len(some) >= 2 for row in some]
+            if alike:
+                made.equal.append((alike[0].value, _judged(alike, made.higher_is_better)))
     made.left_out = _left_out(found)
     return made
 
@@ -153,6 +159,22 @@ def choose(rows: Sequence[Row], higher_is_better: bool = True) -> Row:
     most = max(row.clients.n for row in known)
     sign = 1.0 if higher_is_better else -1.0
     return max((r for r in known if r.clients.n == most), key=lambda row: sign * (row.clients.mean or 0.0))
+
+
+def blocks(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """The rows that may be compared with each other: one block, with its name, for each choice of the further axes.
+
+    Without further axes there is one, unnamed.
+    """
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        name = ", ".join(f"{key}={show(value)}" for key, value in row.settings.items())
+        found.setdefault(name, []).append(row)
+    return list(found.items())
+
+
+def _judged(rows: Sequence[Row], higher_is_better: bool) -> list[Row]:
+    return [row for _, some in blocks(rows) for row in judged(some, higher_is_better)]
 
 
 def judged(rows: Sequence[Row], higher_is_better: bool = True) -> list[Row]:

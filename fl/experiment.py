@@ -36,8 +36,10 @@ from fl.network import Network
 from fl.node import Node
 from fl.sampling import Sampling
 from fl.schedules.base import Schedule
+from fl.secure import Codecs, SecureClients, make_codecs
 from fl.trackers.base import Tracker
 from privacy.base import Guard, Privacy
+from privacy.secure_aggregation.settings import SecAggPlus, SecureAggregation
 
 # The base and its head start from the same draws in every run; the adapter's own draws are the run's seed's.
 BASE_SEED = 0
@@ -87,6 +89,7 @@ class Settings:
     server_optimizer: ServerOptimizer
     engine: InProcess
     privacy: Privacy
+    secure_aggregation: SecureAggregation
     attack: Behaviour
     evaluation: Evaluation
     tracker: Tracker
@@ -110,6 +113,7 @@ class Settings:
             settings.network.check(number)
             settings.aggregator.check_clients(number)
         settings.aggregator.check(settings.adapter, settings.server_optimizer)
+        settings.secure_aggregation.check(settings)
         settings.privacy.check(settings)
         settings.local.check(settings.adapter)
         settings.saving.check(settings.adapter)
@@ -243,7 +247,19 @@ class Experiment:
         init = s.adapter.initialisation
         asked = init if isinstance(init, DataDriven) else None
         space = self.trainer.worker.cohort.space
-        return Node(self.trainer, self.data, s.local, s.attack, s.seed, space, self.guard, asked)
+        secure = None
+        if isinstance(s.secure_aggregation, SecAggPlus):
+            weighted = s.aggregator.weights == "examples"
+            secure = SecureClients(s.secure_aggregation, s.seed, self.codecs, weighted)
+        return Node(self.trainer, self.data, s.local, s.attack, s.seed, space, self.guard, asked, secure)
+
+    @cached_property
+    def codecs(self) -> Codecs:
+        """How updates are encoded for secure sums: both halves, client and server, must agree."""
+        s, space = self.settings, self.trainer.worker.cohort.space
+        weight = len(self.data.train) if s.aggregator.weights == "examples" else 1
+        clients = min(len(self.data), s.sampling.asked(self.per_round))
+        return make_codecs(s.secure_aggregation, self.guard, space, clients, weight)
 
     @cached_property
     def guard(self) -> Guard:

@@ -83,7 +83,7 @@ def _statistic(init: DataDriven, world: World, experiment: Experiment, event: Ev
     start, end = world.clock.now, world.clock.now
     found: dict[int, TrainReply] = {}
     for client, reply in replies:
-        checked = validator.check(reply, requests[client])  # type: ignore[arg-type]
+        checked = validator.check(reply, requests[client])
         if not isinstance(checked, TrainReply):
             raise RunStopped(f"Client {client} gave no statistic to start the adapter from ({checked.detail}).")
         up = payload_bytes(reply.content)

@@ -1,4 +1,4 @@
-"""What crosses the wire: one flat float32 vector, a header and a few numbers, as three Flower records.
+"""What crosses the wire: one flat float32 vector, a header and a few numbers, as Flower records.
 
 ======== ============== ==========================================================================================
 record   type           holds
@@ -6,6 +6,7 @@ record   type           holds
 state    ArrayRecord    one array ``vector``: d float32, little endian, raw bytes (stype ``shoal.f32``)
 header   ConfigRecord   ``kind``, ``client``, ``round``, ``version``, ``layout``, and ``extra.NAME`` scalars
 metrics  MetricRecord   what a reply reports: ``examples``, ``steps``, ``tokens``, ``loss``; empty in a request
+arrays   ArrayRecord    further named arrays ``(n,)`` that a method sends in either direction; absent without any
 ======== ============== ==========================================================================================
 
 ``round`` numbers a client's jobs: (client, round) names one piece of work, whatever the schedule calls a round.
@@ -32,6 +33,7 @@ Scalar = int | float | str | bool
 Metric = int | float | list[int] | list[float]
 
 _FLOAT32 = np.dtype("<f4")
+_KINDS = {name: np.dtype(name).newbyteorder("<") for name in ("float32", "uint8", "uint32", "uint64")}
 _EXTRA = "extra."
 _INT64 = range(-(2**63), 2**63)
 
@@ -70,6 +72,16 @@ def _state_record(vector: np.ndarray) -> ArrayRecord:
     return quick_record(ArrayRecord, {"vector": Array("float32", vector.shape, VECTOR_STYPE, data or b"")})
 
 
+def _arrays_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
+    made = {}
+    for name, array in arrays.items():
+        if array.dtype.name not in _KINDS or array.ndim != 1:
+            raise TypeError(f"array {name} must be 1-d of {', '.join(_KINDS)}, not {array.dtype} {array.shape}")
+        data = array.astype(_KINDS[array.dtype.name], copy=False).tobytes()
+        made[name] = Array(array.dtype.name, array.shape, f"shoal.{array.dtype.name}", data)
+    return quick_record(ArrayRecord, made)
+
+
 @dataclass(frozen=True, eq=False)
 class _Request:
     """A state for a client, and which job it is for."""
@@ -81,19 +93,24 @@ class _Request:
     state: np.ndarray  # (d,)
     layout: str
     extra: Mapping[str, Scalar] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def to_record(self) -> RecordDict:
         """The message's content; it shares the bytes of a frozen ``state`` (see `freeze`) and copies any other."""
         header = _header(self.kind, self.client, self.round, self.version, self.extra, layout=self.layout)
         records = {"state": _state_record(self.state), "header": header, "metrics": MetricRecord()}
-        return quick_record(RecordDict, records)
+        return quick_record(RecordDict, records | _further(self.arrays))
 
     @classmethod
     def from_record(cls, record: RecordDict) -> Self:
         """Decode without copying the vector. Raises `MalformedMessage`."""
         header, metrics = _open(record, cls.kind, state=True)
         _take(metrics, {})
-        return cls(**_job(header), state=_vector(record), layout=_text(header, "layout"), extra=_extra(header))
+        layout = _text(header, "layout")
+        return cls(**_job(header), state=_vector(record), layout=layout, extra=_extra(header), arrays=_arrays(record))
+
+
+Request = _Request  # any of those below
 
 
 class TrainRequest(_Request):
@@ -106,6 +123,12 @@ class StatisticRequest(_Request):
     """Send a statistic of some of the client's examples, which an adapter's initialisation needs (`fl.initialise`)."""
 
     kind = "statistic"
+
+
+class SecureRequest(_Request):
+    """A stage of secure aggregation beside training; ``extra.stage`` names it (`fl.secure`)."""
+
+    kind = "secure"
 
 
 class EvaluateRequest(_Request):
@@ -132,6 +155,7 @@ class TrainReply:
     tokens: int
     loss: float | None
     extra: Mapping[str, Scalar] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def to_record(self) -> RecordDict:
         """The message's content; copies ``update`` once (not at all when frozen)."""
@@ -139,7 +163,8 @@ class TrainReply:
         loss = {} if self.loss is None else {"loss": float(self.loss)}
         metrics = quick_record(MetricRecord, counts | loss)
         header = _header("train-reply", self.client, self.round, self.version, self.extra, layout=self.layout)
-        return quick_record(RecordDict, {"state": _state_record(self.update), "header": header, "metrics": metrics})
+        records = {"state": _state_record(self.update), "header": header, "metrics": metrics}
+        return quick_record(RecordDict, records | _further(self.arrays))
 
     @classmethod
     def from_record(cls, record: RecordDict) -> TrainReply:
@@ -150,7 +175,8 @@ class TrainReply:
             del wanted["loss"]
         numbers = {"loss": None, **_take(metrics, wanted)}
         layout = _text(header, "layout")
-        return cls(**_job(header), layout=layout, update=_vector(record), **numbers, extra=_extra(header))
+        job, update = _job(header), _vector(record)
+        return cls(**job, layout=layout, update=update, **numbers, extra=_extra(header), arrays=_arrays(record))
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +220,7 @@ def _header(kind: str, client: int, round: int, version: int, extra: Mapping[str
 
 def _open(record: RecordDict, kind: str, *, state: bool) -> tuple[ConfigRecord, MetricRecord]:
     names = {"state", "header", "metrics"} if state else {"header", "metrics"}
-    if not isinstance(record, RecordDict) or set(record) != names:
+    if not isinstance(record, RecordDict) or set(record) - ({"arrays"} if state else set()) != names:
         raise MalformedMessage("schema", f"the content must hold exactly {', '.join(sorted(names))}")
     header, metrics = record["header"], record["metrics"]
     if not isinstance(header, ConfigRecord) or not isinstance(metrics, MetricRecord):
@@ -216,6 +242,29 @@ def _vector(record: RecordDict) -> np.ndarray:
     if tuple(array.shape) != (size,) or len(array.data) % 4:
         raise MalformedMessage("shape", f"{len(array.data)} bytes are not float32 of shape {array.shape!r:.80}")
     return np.frombuffer(array.data, _FLOAT32)
+
+
+def _further(arrays: Mapping[str, np.ndarray]) -> dict[str, ArrayRecord]:
+    return {"arrays": _arrays_record(arrays)} if arrays else {}
+
+
+def _arrays(record: RecordDict) -> dict[str, np.ndarray]:
+    if "arrays" not in record:
+        return {}
+    arrays = record["arrays"]
+    if not isinstance(arrays, ArrayRecord):
+        raise MalformedMessage("schema", "arrays must be an ArrayRecord")
+    found = {}
+    for name, array in arrays.items():
+        kind = _KINDS.get(array.dtype)
+        if kind is None or array.stype != f"shoal.{array.dtype}" or not isinstance(array.data, bytes):
+            text = f"array {name!r:.40} must be raw bytes of {', '.join(_KINDS)}, not {array.dtype!r:.40}"
+            raise MalformedMessage("schema", text)
+        size, rest = divmod(len(array.data), kind.itemsize)
+        if tuple(array.shape) != (size,) or rest:
+            raise MalformedMessage("shape", f"{len(array.data)} bytes are not {kind} of shape {array.shape!r:.80}")
+        found[str(name)] = np.frombuffer(array.data, kind)
+    return found
 
 
 def _job(header: ConfigRecord) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from fl.clock import ticks
 from fl.config import setting
 from fl.errors import ConfigError
-from fl.keys import generator
+from fl.keys import Part, generator
 from fl.trace import Device, read_trace
 
 
@@ -53,8 +53,11 @@ class Network(ABC):
     def device(self, seed: int, client: int) -> Device:
         """The speed and link of ``client``."""
 
-    def job(self, seed: int, client: int, round: int, steps: int, bytes_down: int, bytes_up: int) -> Job:
-        """The times of ``client``'s work in ``round``; whether it dies, and when, is drawn from the job's own key."""
+    def job(self, seed: int, client: int, round: int, steps: int, bytes_down: int, bytes_up: int, *stage: Part) -> Job:
+        """The times of ``client``'s work in ``round``; whether it dies, and when, is drawn from the job's own key.
+
+        ``stage`` names what is done beside the training of that round.
+        """
         device = self.device(seed, client)
         down_s = device.latency_s + _transfer_s(bytes_down, device.down_mbps)
         compute_s = steps * device.seconds_per_step
@@ -62,7 +65,7 @@ class Network(ABC):
         total = ticks(down_s) + ticks(compute_s) + ticks(up_s)
         dropped_at = None
         if self.dropout:
-            lost, when = generator(seed, "network", client, round).random(2)
+            lost, when = generator(seed, "network", client, round, *stage).random(2)
             dropped_at = int(when * total) if lost < self.dropout else None
         return Job(down_s, compute_s, up_s, total, dropped_at)
 

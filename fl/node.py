@@ -21,16 +21,20 @@ from clients.data.federated import FederatedData
 from clients.local.training import Fit, LocalTraining, Memory, Work
 from clients.trainer import Trainer
 from fl.downlink import Holdings
+from fl.errors import ShoalError
 from fl.evaluation import numbers
 from fl.messages import (
     BUDGET,
     EvaluateReply,
     EvaluateRequest,
     MalformedMessage,
+    Request,
+    SecureRequest,
     StatisticRequest,
     TrainReply,
     TrainRequest,
 )
+from fl.secure import SecureClients
 from fl.statistic import sums
 from privacy.base import BudgetSpent, Guard
 
@@ -61,9 +65,11 @@ class Node:
         space: Space,
         guard: Guard | None = None,
         initialisation: DataDriven | None = None,
+        secure: SecureClients | None = None,
     ):
         self.trainer, self.data, self.local, self.behaviour = trainer, data, local, behaviour
         self.seed, self.space, self.guard = seed, space, guard or Guard()
+        self.secure = secure
         self.initialisation = initialisation
         self.holdings = Holdings(space)
         self.memories: dict[int, Remembered] = {}
@@ -88,7 +94,7 @@ class Node:
             replies += [] if reply is None else [reply]
         return replies
 
-    def _check(self, request: TrainRequest | EvaluateRequest | StatisticRequest) -> None:
+    def _check(self, request: Request) -> None:
         layout = self.space.layout.hash
         if request.layout != layout:
             raise MalformedMessage("layout", f"this node's adapter has layout {layout}, not {request.layout:.40}")
@@ -159,9 +165,45 @@ class Node:
             return _error(f"{type(error).__name__}: {error}", message)
         if said is None:
             return None
+        if self.secure is not None:
+            return self._masked(request, said, message)
         reply = TrainReply(
             said.client, said.round, said.version, said.layout, said.update, said.examples, said.steps, said.tokens,
             said.loss,
+        )  # fmt: skip
+        return Message(reply.to_record(), reply_to=message)
+
+    def _masked(self, request: TrainRequest, said: ReplyFields, message: Message) -> Message:
+        """The reply under secure aggregation: the update in its masked form, and no number of the client's own."""
+        assert self.secure is not None
+        try:
+            arrays = self.secure.mask(request, said.update, said.examples)
+        except ShoalError as error:
+            return _error(str(error), message)
+        reply = TrainReply(
+            said.client, said.round, said.version, said.layout, np.zeros(0, np.float32), 1, said.steps, 0, None,
+            arrays=arrays,
+        )  # fmt: skip
+        return Message(reply.to_record(), reply_to=message)
+
+    def query(self, messages: Sequence[Message]) -> list[Message]:
+        """Replies to what is asked beside training: statistics, and the stages of secure aggregation."""
+        staged = [m for m in messages if dict(m.content.get("header", {})).get("kind") == SecureRequest.kind]
+        others = [m for m in messages if all(m is not s for s in staged)]
+        return [self._stage(m) for m in staged] + (self.statistics(others) if others else [])
+
+    def _stage(self, message: Message) -> Message:
+        try:
+            request = SecureRequest.from_record(message.content)
+            self._check(request)
+            if self.secure is None:
+                raise MalformedMessage("schema", "this experiment has no secure aggregation")
+            arrays = self.secure.answer(request)
+        except ShoalError as error:
+            return _error(str(error), message)
+        reply = TrainReply(
+            request.client, request.round, request.version, request.layout, np.zeros(0, np.float32), 1, 0, 0, None,
+            arrays=arrays,
         )  # fmt: skip
         return Message(reply.to_record(), reply_to=message)
 

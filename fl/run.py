@@ -20,6 +20,7 @@ from fl.experiment import Experiment, Settings, Shared
 from fl.progress import Progress, header
 from fl.records import RunFolder, fresh_folder, read_run
 from fl.trackers.tracking import Tracking
+from privacy.base import Statement
 
 
 @dataclass
@@ -210,7 +211,7 @@ def _claim(experiment: Experiment) -> dict[str, Any]:
 
     made = experiment.guard.statement()
     start = experiment.settings.adapter.initialisation
-    words = made.text()
+    words = f"{made.text()} {experiment.settings.secure_aggregation.statement()}".rstrip()
     if isinstance(start, DataDriven):
         words = f"{words} {statement(start, experiment)}"
     return {"privacy": words, "privacy_statement": made.as_plain()}
@@ -244,7 +245,7 @@ def _shown(record: Mapping[str, Any], settings: Settings, folder: str) -> dict[s
         + f" of {settings.local.batch_size}",
         "server": f"{type(settings.aggregator).__name__}, {settings.schedule.rounds} rounds",
         "engine": describe(Plan(**record["engine"])),
-        "privacy": "none" if "No privacy" in record["privacy"] else record["privacy"],
+        "privacy": Statement(**record["privacy_statement"]).headline(),
         "seed": record["seed"],
         "folder": folder,
     }

@@ -18,13 +18,15 @@ from fl.errors import ConfigError, ShoalError
 from fl.experiment import Experiment
 from fl.initialise import initialise
 from fl.ledger import Ledger
-from fl.messages import EvaluateReply, payload_bytes
+from fl.messages import EvaluateReply, Request, payload_bytes
 from fl.progress import Progress
 from fl.records import RunFolder
 from fl.schedules.base import Event, World
+from fl.secure import MASKED
 from fl.state import ServerState
 from fl.trackers.tracking import Tracking
 from fl.validation import Validator
+from privacy.secure_aggregation.settings import SecAggPlus
 
 CHECKPOINT = "shoal-run-1"
 
@@ -124,16 +126,25 @@ class Server:
         if len(nodes) != len(experiment.data):
             raise ShoalError(f"The grid has {len(nodes)} clients; the partition made {len(experiment.data)}.")
         weight = len(experiment.data.train)
-        validator = Validator(
-            space.layout.hash,
-            lambda request: len(space.columns(space.trains(request.round), request.client)),
-            s.schedule.max_update_norm,
-            max_weight=weight,
-        )
+        secure = s.secure_aggregation if isinstance(s.secure_aggregation, SecAggPlus) else None
+        codecs = None if secure is None else experiment.codecs
+
+        def size(request: Request) -> int:
+            return 0 if codecs is not None else len(space.columns(space.trains(request.round), request.client))
+
+        def arrays(request: Request) -> dict[str, tuple[str, int]]:
+            if codecs is None:
+                return {}
+            codec = codecs(request.round)
+            return {MASKED: (codec.dtype.name, codec.length)}
+
+        bound = s.schedule.max_update_norm
+        validator = Validator(space.layout.hash, size, bound, max_weight=weight, arrays=arrays)
         keeps = s.aggregator.stateful or space.constant or s.adapter.initialisation is not None
         return World(
             grid, nodes, s.seed, experiment.per_round, server, s.aggregator, s.server_optimizer, s.sampling, s.network,
-            s.local, validator, Downlink(space, keeps), experiment.guard, s.evaluation.aggregation_error and bool(space.modules),
+            s.local, validator, Downlink(space, keeps), experiment.guard, secure, codecs,
+            s.evaluation.aggregation_error and bool(space.modules),
         )  # fmt: skip
 
     def _write(self, event: Event) -> None:
@@ -240,7 +251,8 @@ class Server:
             "wall_s": round(self.wall_s, 3),
             "client_steps": totals["client_steps"],
             "client_steps_per_s": totals["client_steps"] / seconds,
-            "tokens_per_s": totals["tokens"] / seconds,
+            # Where tokens are kept secret none are counted.
+            "tokens_per_s": totals["tokens"] / seconds if totals["tokens"] else None,
             "rejected_updates": totals["rejected_updates"],
             "rejected": totals["rejected"],
             "epsilon": self.world.guard.epsilon,

@@ -6,7 +6,7 @@ a run, and no aggregation rule ever sees a value that was not checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from flwr.app import Message, RecordDict
 
-from fl.messages import BUDGET, EvaluateReply, EvaluateRequest, MalformedMessage, TrainReply, TrainRequest
+from fl.messages import BUDGET, EvaluateReply, MalformedMessage, Request, TrainReply
 
 Reply = TypeVar("Reply", TrainReply, EvaluateReply)
 
@@ -50,28 +50,36 @@ class Validator:
     ``layout`` is the hash of the state's layout, and ``size`` the scalars of an update, or a function from a request to
     them, where clients or rounds train different tensors; ``max_norm`` bounds the
     Euclidean norm of an update (None: no bound); ``max_weight`` caps the examples that a client may claim, since an
-    invented 10^9 would own the mean. A job, which is a (client, round), is answered once: its first reply counts,
+    invented 10^9 would own the mean. ``arrays`` gives, for a request, the named arrays that belong into its reply:
+    their types and sizes (-1: any). A job, which is a (client, round), is answered once: its first reply counts,
     good or bad.
     """
 
     def __init__(
         self,
         layout: str,
-        size: int | Callable[[TrainRequest], int],
+        size: int | Callable[[Request], int],
         max_norm: float | None = None,
         max_weight: int = 2**31 - 1,
+        arrays: Callable[[Request], Mapping[str, tuple[str, int]]] = lambda request: {},
     ):
+        self._arrays = arrays
         self.layout, self.max_norm, self.max_weight = layout, max_norm, max_weight
         self._size = size
-        self._answered: dict[str, set[tuple[int, int]]] = {"train": set(), "evaluate": set(), "statistic": set()}
+        self._answered: dict[str, set[tuple[int, int]]] = {
+            "train": set(),
+            "evaluate": set(),
+            "statistic": set(),
+            "secure": set(),
+        }
 
-    def check(self, reply: Message, request: TrainRequest | None, *, late: bool = False) -> TrainReply | Rejection:
+    def check(self, reply: Message, request: Request | None, *, late: bool = False) -> TrainReply | Rejection:
         """The decoded ``reply`` to ``request`` (None: nothing was asked of this client), or why it is rejected."""
         size = 0 if request is None else self._size(request) if callable(self._size) else self._size
-        return self._check(reply, request, late, TrainReply.from_record, lambda r: self._faults(r, size))
+        return self._check(reply, request, late, TrainReply.from_record, lambda r: self._faults(r, size, request))
 
     def check_evaluation(
-        self, reply: Message, request: EvaluateRequest | None, *, late: bool = False
+        self, reply: Message, request: Request | None, *, late: bool = False
     ) -> EvaluateReply | Rejection:
         """The same for a client's evaluation: ``examples`` in 0..cap, and every number finite."""
         return self._check(reply, request, late, EvaluateReply.from_record, self._evaluation_faults)
@@ -84,7 +92,7 @@ class Validator:
     def _check(
         self,
         reply: Message,
-        request: TrainRequest | EvaluateRequest | None,
+        request: Request | None,
         late: bool,
         decode: Callable[[RecordDict], Reply],
         faults: Callable[[Reply], Rejection | None],
@@ -110,11 +118,18 @@ class Validator:
         except Exception as error:  # the sender decides what is in a message, so anything may break
             return Rejection(Reason.SCHEMA, f"it can't be read ({type(error).__name__}: {error!s:.200})")
 
-    def _faults(self, reply: TrainReply, size: int) -> Rejection | None:
+    def _faults(self, reply: TrainReply, size: int, request: Request | None) -> Rejection | None:
         if reply.layout != self.layout:
             return Rejection(Reason.LAYOUT, f"layout {reply.layout:.40}, expected {self.layout}")
         if reply.update.shape != (size,):
             return Rejection(Reason.SHAPE, f"{reply.update.size} numbers, expected {size}")
+        wanted = self._arrays(request) if request is not None else {}
+        if wanted.keys() != reply.arrays.keys():
+            return Rejection(Reason.SCHEMA, f"arrays {sorted(reply.arrays)!r:.80}, expected {sorted(wanted)}")
+        for name, (kind, length) in wanted.items():
+            found = reply.arrays[name]
+            if found.dtype.name != kind or length not in (-1, len(found)):
+                return Rejection(Reason.SHAPE, f"array {name}: {len(found)} {found.dtype.name}, not {length} {kind}")
         # float64: squares of float32 can't overflow it, so the norm is finite exactly if every number is.
         norm = float(np.sqrt(np.square(reply.update, dtype=np.float64).sum()))
         if not np.isfinite(norm) or not np.isfinite(reply.loss or 0.0):
@@ -135,7 +150,7 @@ class Validator:
         return None
 
 
-def _wrong_job(reply: TrainReply | EvaluateReply, request: TrainRequest | EvaluateRequest) -> Rejection | None:
+def _wrong_job(reply: TrainReply | EvaluateReply, request: Request) -> Rejection | None:
     if reply.client != request.client:
         return Rejection(Reason.UNEXPECTED, f"client {request.client} answers as client {reply.client}")
     if (reply.round, reply.version) != (request.round, request.version):

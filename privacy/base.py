@@ -22,6 +22,7 @@ from clients.behaviours.base import ReplyFields
 from clients.local.private import Private
 from fl.errors import ShoalError
 from fl.state import ServerState, Update
+from privacy.secure_aggregation.codec import Codec
 
 if TYPE_CHECKING:
     from clients.adapters.space import Space
@@ -88,6 +89,19 @@ class Statement:
         parts += [f"{name}: {value}." for name, value in named if value]
         return " ".join(parts)
 
+    def headline(self) -> str:
+        """One line for a terminal: what bounds which unit, and where the rest is."""
+        if self.unit is None:
+            return f"{self.mechanism.partition(':')[0]}; see run.json"
+        if self.target is not None:
+            bound = f"epsilon <= {self.target:g}"
+        else:
+            bound = "no finite epsilon" if self.epsilon is None else "epsilon as it is spent"
+        how = [] if self.delta is None else [f"delta <= {self.delta:.2g}"]
+        how += [self.accountant] if self.accountant else []
+        shown = f" ({', '.join(how)})" if how else ""
+        return f"{self.mechanism}: {bound} for one {self.unit}{shown}; see run.json"
+
     def as_plain(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
@@ -97,8 +111,11 @@ class Guard:
     """The privacy of one run at work. This one promises nothing and changes nothing; mechanisms override.
 
     The client half (`job`, `release`) is called where the data are, the server half (`collect`) at the server; what
-    both know is public.
+    both know is public. ``counts_secret`` says that how many clients answered is secret too: a round then goes on
+    whatever their number.
     """
+
+    counts_secret: ClassVar[bool] = False
 
     def __init__(self, statement: Statement | None = None):
         self._statement = statement or Statement("No privacy mechanism")
@@ -116,9 +133,17 @@ class Guard:
         """What may leave the client of an honest reply; ``columns`` of the layout are what its update covers."""
         return reply
 
+    def broadcast(self, server: ServerState) -> dict[str, np.ndarray]:
+        """What training requests carry beside the state: public arrays that clients need."""
+        return {}
+
     def collect(self, server: ServerState, updates: Sequence[Update], round: int, lr: float) -> list[Update]:
         """What an aggregation rule is given of the accepted ``updates`` of ``round``."""
         return list(updates)
+
+    def codec(self, size: int, round: int) -> Codec | None:
+        """How updates of ``size`` numbers are summed under secure aggregation; None: in fixed point, without noise."""
+        return None
 
     def stopped(self) -> str | None:
         """Why no further round may begin, or None."""
@@ -150,7 +175,7 @@ class Privacy(ABC):
 
     unit: ClassVar[str | None] = None
 
-    def check(self, settings: Settings) -> None:
+    def check(self, settings: Settings) -> None:  # noqa: B027  (by default there is nothing to refuse)
         """Raise `ConfigError`, before anything loads, for settings that the claim can't account for."""
 
     @abstractmethod

@@ -213,9 +213,9 @@ class DiscreteNoise:
     def encode(self, update: np.ndarray, rng: np.random.Generator, *public: Part) -> np.ndarray:
         """What a client hands to secure aggregation: ``padded`` integers modulo 2^b (uint32 or uint64).
 
-        ``update`` has ``dim`` finite numbers; ``rng`` is the client's own secret generator; ``public`` is the key of
-        the rotation's signs, which all clients of the sum and the server share. Raises `ShoalError` for another length
-        or numbers that are not finite.
+        ``update`` has ``dim`` finite numbers; ``rng`` is the client's own secret generator, fresh for each sum;
+        ``public`` is the key of the rotation's signs, which all clients of the sum and the server share. Raises
+        `ShoalError` for another length or numbers that are not finite.
         """
         noise = self._share(rng)
         return (self._rounded(update, rng, *public) + noise).astype(self._ring)  # a cast of int64 is modulo 2^b
@@ -224,7 +224,8 @@ class DiscreteNoise:
         """The noisy sum of the clipped updates (float64, ``dim``) from the ring sum ``total`` of ``clients`` clients.
 
         Raises `RunStopped` where fewer than ``min_cohort`` are left without the ``colluding`` ones (assumed to add no
-        noise, or to tell the server theirs), and `ShoalError` for more clients than the modulus was checked for.
+        noise, or to tell the server theirs), and `ShoalError` for more clients than the modulus was checked for. What
+        keeps a server that does not ask from such sums is the threshold of secure aggregation.
         """
         if clients - colluding < self.min_cohort:
             raise RunStopped(
@@ -257,7 +258,7 @@ class DiscreteNoise:
 
     def _largest(self) -> float:
         """What no coordinate of a sum exceeds, but with probability WRAP; see the class."""
-        tail = math.log(4 * self.padded / WRAP)
+        tail = math.log(4 * self.padded / WRAP)  # half of WRAP for data, half for noise, both of two sides
         variance = self.clients * self.share_variance
         flat = min(1.0, math.sqrt(2 * tail / self.padded)) if self.rotate else 1.0
         data = self.clients * (self.scale * self.clip * flat + 1)
@@ -350,7 +351,7 @@ class DistributedDiscreteGaussian(Mechanism):
 class SkellamRelease(Mechanism):
     """Sums with Skellam noise of ``variance`` V in total; shares of Skellam noise add up to Skellam noise.
 
-    For integer orders a (arXiv 2110.04995, corollary of theorem 3.5; Delta_1 and Delta_2 doubled under replace-one)
+    For integer orders a (arXiv 2110.04995, as in the authors' code; Delta_1 and Delta_2 doubled under replace-one)
 
         rdp(a) = a Delta_2^2 / (2 V) + min( ((2a - 1) Delta_2^2 + 6 Delta_1) / (4 V^2),  3 Delta_1 / (2 V) )
 

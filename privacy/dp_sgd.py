@@ -85,38 +85,46 @@ class DPSGDGuard(example_level.ExampleGuard):
         for size in sizes:
             rate = min(1.0, self.batch_size / size)
             rates.append(rate)
-            once = example_level.start_release(start, size)
-            books.append(self._book(rate, size, settings.local, once, most))
+            books.append(self._book(rate, size, settings.local, example_level.start_release(start, size)))
         super().__init__(settings.seed, settings.local, rates, books)
+        if all(book.exhausted for book in books):
+            allowed = f"one that lets some client take a step within privacy.epsilon={privacy.epsilon}"
+            way_out = "Raise it, or set it to null: then it is calibrated."
+            raise ConfigError("privacy.noise_multiplier", privacy.noise_multiplier, allowed, way_out)
+        # Of the gradient alone, where clipping adapts: a part of the budget is the count's.
+        self.noises = [self._gradient_noise(book) for book in books]
 
-    def _book(self, rate: float, size: int, local: LocalTraining, once: tuple[Mechanism, ...], most: int) -> Book:
-        p, steps = self.privacy, local.num_steps(size)
+    def _gradient_noise(self, book: Book) -> float:
+        noise = book.running.noise_multiplier
+        return gradient_noise(noise, self.count_noise) if self.privacy.adaptive else noise
+
+    @property
+    def count_noise(self) -> float:
+        return self.batch_size / 20 if self.privacy.count_noise is None else self.privacy.count_noise
+
+    def _book(self, rate: float, size: int, local: LocalTraining, once: tuple[Mechanism, ...]) -> Book:
+        p, most = self.privacy, local.num_steps(size) * self.participations
         delta = 1 / size if p.delta is None else p.delta
         if delta >= 1:
             allowed = "below 1: a client with one example has no delta = 1/n"
             raise ConfigError("privacy.delta", delta, allowed, "Give privacy.delta, or raise partition.min_size.")
-        noise, limit = p.noise_multiplier, None
+        noise, limit = p.noise_multiplier, None if p.epsilon is None and p.participations is None else most
         if noise is None:
             assert p.epsilon is not None
-            noise = _calibrated(rate, steps * self.participations, once, p.epsilon, delta, p.accountant)
-        running = SampledGaussian(noise, rate, 1)
-        if p.epsilon is not None:
-            limit = steps_within(running, once, p.epsilon, delta, p.accountant, steps * most)
-        if p.participations is not None:
-            limit = min(steps * self.participations, steps * most if limit is None else limit)
-        return Book(running, delta, p.accountant, once, limit)
+            noise = _calibrated(rate, most, once, p.epsilon, delta, p.accountant)
+        elif p.epsilon is not None:
+            limit = steps_within(SampledGaussian(noise, rate, 1), once, p.epsilon, delta, p.accountant, most)
+        return Book(SampledGaussian(noise, rate, 1), delta, p.accountant, once, limit)
 
     def private(self, client: int, key: tuple[int | str, ...], memory: dict) -> Private:
         p = self.privacy
-        noise = self.books[client].running.noise_multiplier
         clip, adaptive = p.clip, None
         if p.adaptive:
-            count = self.batch_size / 20 if p.count_noise is None else p.count_noise
-            noise, adaptive = gradient_noise(noise, count), AdaptiveClip(p.quantile, p.clip_rate, count)
+            adaptive = AdaptiveClip(p.quantile, p.clip_rate, self.count_noise)
             clip = float(memory[CLIP][0]) if CLIP in memory else clip
         # The expected batch of a client with less data than a batch is all of it.
         expected = self.rates[client] * self.sizes[client]
-        return Private(clip, noise, expected, key, p.clipping, adaptive)
+        return Private(clip, self.noises[client], expected, key, p.clipping, adaptive)
 
     def statement(self) -> Statement:
         p, rows = self.privacy, self.rows(self.sizes)

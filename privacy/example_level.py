@@ -15,6 +15,7 @@ import numpy as np
 
 from clients.adapters.initial.base import DataDriven, Initialisation
 from clients.behaviours.base import ReplyFields
+from clients.local.dylora import DyLoRA
 from clients.local.private import Private
 from clients.local.training import LocalTraining
 from fl.errors import ConfigError
@@ -36,11 +37,12 @@ def check(settings: Settings, unit: str = "example") -> None:
             "Choose another schedule, or privacy=none.",
         )  # fmt: skip
     check_start(settings.adapter.initialisation, "private")
-    local = settings.local
-    if type(local).fit is not LocalTraining.fit and not getattr(local, "keeps_private", False):
+    local = type(settings.local)
+    usual = local.fit is LocalTraining.fit and local.gradient in (LocalTraining.gradient, DyLoRA.gradient)
+    if not usual and not getattr(local, "keeps_private", False):
         raise ConfigError(
-            "local", type(local).__name__, "a local algorithm whose every use of data passes the private gradient",
-            "Choose local=sgd, momentum, adamw or fedprox.",
+            "local", local.__name__, "a local algorithm whose every use of data passes the private gradient",
+            "Choose local=sgd, momentum, adamw, fedprox, lora_pro, sora or dylora.",
         )  # fmt: skip
 
 
@@ -55,6 +57,19 @@ def check_start(start: Initialisation | None, private: str | None) -> None:
         f"{allowed}: a start made from clients' data without noise is outside every privacy claim",
         "Set adapter.init.source=public data.public=200, or start without data (adapter=lora_xs).",
     )  # fmt: skip
+
+
+def check_disjoint(parts: Sequence[np.ndarray]) -> None:
+    """Raise `ConfigError` unless no example is in two of ``parts``, the examples of each client.
+
+    A client's account holds for its own examples; one that two clients hold would cost what both spend together.
+    """
+    examples, times = np.unique(np.concatenate(parts), return_counts=True)
+    if np.any(times > 1):
+        raise ConfigError(
+            "partition", f"{int(np.sum(times > 1))} examples dealt twice, {int(examples[times > 1][0])} among them",
+            "one that deals each example to one client: an example's budget is its only holder's",
+        )  # fmt: skip
 
 
 def start_release(start: Initialisation | None, size: int) -> tuple[Mechanism, ...]:
@@ -138,8 +153,11 @@ UNCOVERED = [
 
 def statement(mechanism: str, rows: list[dict], **parts) -> Statement:
     """The claim of the worst holder, with all holders' rows."""
-    top = worst(rows)
+    top, delta = worst(rows), max(row["delta"] for row in rows)
+    uncovered = list(UNCOVERED)
+    if any(row["delta"] * row["examples"] > 1 + 1e-9 for row in rows):
+        uncovered.append(f"delta = {delta:.3g} is above 1/n_i for some client: it allows publishing an example as it is")
     return Statement(
-        mechanism, "example of one client", "adding or removing it", epsilon=top["epsilon"],
-        delta=max(row["delta"] for row in rows), holders=rows, uncovered=UNCOVERED, **parts,
+        mechanism, "example of one client", "adding or removing it", epsilon=top["epsilon"], delta=delta,
+        holders=rows, uncovered=uncovered, **parts,
     )  # fmt: skip

@@ -89,20 +89,22 @@ def gradients(
     for slots, _, loss, grads in cohort.each_sample(params, batch, parts):
         norms = group_norms(grads, groups)  # (n, K)
         bound = clip[slots, None] / math.sqrt(len(groups))
-        factors = (bound / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
         # A sample whose gradient is not finite counts for nothing: no clipping would bound it.
         finite = torch.isfinite(norms).all(1)
-        owner = torch.nn.functional.one_hot(slots, len(own)).to(params)  # (n, S)
+        some = not bool(finite.all())
+        factors = (bound / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1.0) * finite[:, None]
+        if some:
+            factors = factors.nan_to_num()
+        owner = torch.nn.functional.one_hot(slots, len(own)).to(params).T  # (S, n)
         for k, names in enumerate(groups):
-            weight = (owner * torch.where(finite, factors[:, k], 0.0)[:, None]).T  # (S, n)
+            weight = owner * factors[:, k]
             for name in names:
                 grad = grads[name].flatten(1)
-                if not bool(finite.all()):
+                if some:
                     grad = torch.where(finite[:, None], grad, 0.0)
                 sums[name] += (weight @ grad).reshape(sums[name].shape)
         losses.index_add_(0, slots, loss.double())
-        ok = ((norms <= bound).all(1) & finite).to(params) - 0.5
-        within.index_add_(0, slots, ok)
+        within.index_add_(0, slots, ((norms <= bound).all(1) & finite).to(params) - 0.5)
     for slot, job in enumerate(own):
         if job.noise:
             total[slot] += job.noise * job.clip * _normal(params[slot], *job.key, step, "gradient")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fl.report.claims import stated, statement_table
 from fl.report.groups import show
 from fl.report.load import Run
 from fl.report.numbers import DASH
@@ -25,9 +26,12 @@ def tile(name: str, value: str, remark: str = "", main: bool = False) -> Markup:
 
 
 def privacy_card(run: Run) -> Markup:
-    """What is promised about privacy, in words."""
-    text = str(run.info.get("privacy") or "This run makes no statement about privacy.")
-    return card("Privacy", tag("p", text), class_="card privacy")
+    """What is promised about privacy: the statement as a table, and the same in words folded below it."""
+    words = tag("p", str(run.info.get("privacy") or "This run makes no statement about privacy."))
+    listed = statement_table(run) if stated(run).get("unit") else None
+    if listed is None:
+        return card("Privacy", words, class_="card privacy")
+    return card("Privacy", listed, tag("details", tag("summary", "In words"), words), class_="card privacy")
 
 
 def settings_card(run: Run, common: Mapping[str, Any] | None = None, title: str = "How it was run") -> Markup:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fl.report.cards import footer, privacy_card, settings_card, status, tile
+from fl.report.claims import scope, statement_table
 from fl.report.client_plots import partition_picture
 from fl.report.final_plot import final_picture
+from fl.report.frontier import frontier_card
 from fl.report.groups import Group, group, show
 from fl.report.load import Collection, Run
 from fl.report.numbers import DASH, describe, human, in_order, spread, write
@@ -27,7 +29,8 @@ def comparison_page(found: Collection, out: Path) -> tuple[str, list[Picture]]:
     groups = group(found.runs)
     metric = found.runs[0].metric
     key = next((k for k in (metric, "loss") if any(g.statistics(k)[0] for g in groups)), None)
-    final = final_picture(groups, key) if key else None
+    utility, frontier = frontier_card(groups, key) if key else (None, None)
+    final = final_picture(groups, key) if key and frontier is None else None
     curves = comparison_curves(groups)
     clients = client_quantiles(groups)
     partitions = partitions_of(groups)
@@ -35,6 +38,7 @@ def comparison_page(found: Collection, out: Path) -> tuple[str, list[Picture]]:
         _header(found, groups),
         _banners(found, groups),
         _tiles(found.runs, groups, key),
+        utility,
         _table_card(groups, key),
         curves_card(groups, curves),
         outcome_cards(key, final, clients, partitions),
@@ -45,7 +49,7 @@ def comparison_page(found: Collection, out: Path) -> tuple[str, list[Picture]]:
         footer(found.runs[0], (found.sweep or out.parent).resolve()),
     ]
     pictures = [picture for _, some in curves for picture in some]
-    pictures += [p for p in (final, clients, *partitions) if p is not None]
+    pictures += [p for p in (frontier, final, clients, *partitions) if p is not None]
     return page(f"{found.title}: {len(found.runs)} runs compared", *body), pictures
 
 
@@ -144,6 +148,8 @@ def best_group(groups: Sequence[Group], key: str) -> Group | None:
 
 def _table_card(groups: Sequence[Group], key: str | None) -> Markup:
     note = "Mean ± sample standard deviation over seeds; n is the number of completed runs."
+    about = scope(run for item in groups for run in item.runs)
+    note += f" Epsilon is for {about}." if about else ""
     return card("Comparison", _table(groups, headline_keys(groups), short=True, best=key), note=note)
 
 
@@ -221,10 +227,14 @@ def everything_card(groups: Sequence[Group]) -> Markup:
 
 def privacy_by_setting(groups: Sequence[Group]) -> Markup:
     """What is promised: one statement where all runs make the same, else each setting's own."""
-    stated = {item.label: str(item.runs[0].info.get("privacy") or DASH) for item in groups}
     if len({str(run.info.get("privacy")) for item in groups for run in item.runs}) == 1:
         return privacy_card(groups[0].runs[0])
-    return card("Privacy", table(("setting", "promise"), stated.items(), right_from=2), class_="card privacy")
+    parts = []
+    for item in groups:
+        text = str(item.runs[0].info.get("privacy") or DASH)
+        parts.append(tag("details", tag("summary", item.label), statement_table(item.runs[0]) or tag("p", text)))
+    note = "What the first run of each setting promises."
+    return card("Privacy", *parts, note=note, class_="card privacy")
 
 
 def common_settings(runs: Sequence[Run]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fl.report.claims import unit
 from fl.report.load import Event, Run, number
 
 
@@ -50,7 +51,9 @@ def axes_of(runs: Sequence[Run]) -> list[Axis]:
     if any(number(e.get("bytes_up_total")) for run in runs for e in run.rounds):
         found.append(Axis("bytes", "Bytes", "traffic, up + down (MB)"))
     if any(number(e.get("epsilon")) for run in runs for e in run.rounds):
-        found.append(Axis("epsilon", "Epsilon", "privacy loss spent (epsilon)"))
+        units = {unit(run) for run in runs} - {""}
+        about = f" for {units.pop()}" if len(units) == 1 else ""
+        found.append(Axis("epsilon", "Epsilon", f"epsilon spent{about}"))
     return found
 
 

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from fl.report.cards import footer, privacy_card, settings_card, short, status, tile
+from fl.report.claims import scope
 from fl.report.client_plots import client_history, client_picture, partition_picture
 from fl.report.load import Run, number
 from fl.report.numbers import compact, describe, human, write
@@ -131,7 +132,7 @@ def _tiles(run: Run) -> Markup:
         remark = f"{write('loss', first)} before training" if first is not None else ""
         tiles.append(tile("Test loss", write("loss", numbers["loss"]), remark))
     if "epsilon" in numbers:
-        tiles.append(tile("Privacy loss", f"ε = {write('epsilon', numbers['epsilon'])}"))
+        tiles.append(tile("Privacy loss", f"ε = {write('epsilon', numbers['epsilon'])}", scope([run])))
     if "rounds" in numbers:
         steps = f"{numbers['client_steps']:,.0f} client steps" if "client_steps" in numbers else ""
         tiles.append(tile("Rounds", write("rounds", numbers["rounds"]), steps))

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fl.comparison import BEST, UNRESOLVED, Comparison, Row, Spread, as_plain
+from fl.comparison import BEST, UNRESOLVED, Comparison, Row, Spread, as_plain, blocks
 from fl.records import plain, write_atomically
+from fl.report.claims import scope
 from fl.report.groups import rank, show
 from fl.report.load import number
 from fl.report.numbers import DASH, describe, human, spread
@@ -88,6 +89,12 @@ def notes(made: Comparison) -> list[str]:
         )
     else:
         said.append("With one seed no gap is resolved.")
+    if len(blocks(made.tuned)) > 1:
+        axes = ", ".join(made.tuned[0].settings)
+        said.append(f"Each choice of {axes} has a table, and a best, of its own.")
+    about = scope(run for row in made.rows for run in row.runs)
+    if about:
+        said.append(f"Epsilon is for {about}. What tuning looks at is in no account.")
     if made.target is not None:
         said.append(
             "To the target: the first evaluated round whose central test metric is at the target or better, over the "
@@ -105,14 +112,14 @@ def markdown(made: Comparison) -> str:
     """comparison.md: the notes, the tuned table, how the values were chosen, a table for each equal value, failures."""
     parts = [f"# {_cell(made.title)}", *(f"- {_cell(note)}" for note in notes(made))]
     title = f"Each variant at its own {made.key}" if made.key else "Variants"
-    parts += ["", f"## {_cell(title)}", "", _markdown_table(columns(made), made.tuned)]
+    parts += ["", f"## {_cell(title)}", *_markdown_tables(columns(made), made.tuned)]
     if len(grid_values(made)) > 1:
         head, lines = grid_table(made)
         parts += ["", f"## Clients' {made.metric} at each {_cell(made.key or '')}", "", "The chosen one is bold.", ""]
         parts.append(_lines(head, [False] + [True] * (len(head) - 1), [_bold(line) for line in lines]))
     for value, rows in made.equal:
-        parts += ["", f"## All at {_cell(made.key or '')}={_cell(show(value))}", ""]
-        parts.append(_markdown_table(columns(made, tuned=False), rows))
+        parts += ["", f"## All at {_cell(made.key or '')}={_cell(show(value))}"]
+        parts += _markdown_tables(columns(made, tuned=False), rows)
     parts += ["", "## Runs that did not complete", ""]
     parts += [f"- {_cell(line)}" for line in left_out_lines(made)] or ["None."]
     return "\n".join(parts) + "\n"
@@ -188,7 +195,7 @@ def at_the_end(made: Comparison) -> list[Row]:
 
 def sampling_error(made: Comparison) -> float | None:
     """sqrt(p (1 - p) / m): the standard error of one accuracy p, the best row's, on m test examples."""
-    best = next((row for row in made.tuned if row.standing == BEST), None)
+    best = min((row for row in made.tuned if row.standing == BEST), key=lambda row: row.index, default=None)
     if best is None or best.metric.mean is None or made.metric != "accuracy" or not made.test_examples:
         return None
     p = best.metric.mean
@@ -241,6 +248,14 @@ def _bytes(of: Spread) -> str:
 
 def _rounds(of: Spread) -> str:
     return f"{of.mean:.1f}" if of.std is None else f"{of.mean:.1f} ± {of.std:.1f}"
+
+
+def _markdown_tables(shown: Sequence[Column], rows: Sequence[Row]) -> list[str]:
+    """A table for each choice of further axes, under its name."""
+    parts = []
+    for name, some in blocks(rows):
+        parts += ["", *([f"### {_cell(name)}", ""] if name else []), _markdown_table(shown, some)]
+    return parts
 
 
 def _markdown_table(shown: Sequence[Column], rows: Sequence[Row]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fl.comparison import BEST, Comparison, Row, compare
+from fl.comparison import BEST, UNRESOLVED, Comparison, Row, blocks, compare
 from fl.report.cards import footer, settings_card, tile
 from fl.report.client_plots import partition_picture
 from fl.report.comparison_page import (
@@ -18,7 +18,8 @@ from fl.report.comparison_page import (
     runs_card,
 )
 from fl.report.final_plot import final_picture
-from fl.report.groups import show
+from fl.report.frontier import frontier_card
+from fl.report.groups import Group, show
 from fl.report.load import Collection, Run
 from fl.report.numbers import describe, human, spread
 from fl.report.page import Markup, card, figure, join, page, table, tag
@@ -36,6 +37,8 @@ def variants_page(found: Collection, out: Path) -> tuple[str, list[Picture]]:
     groups = groups_of(made.tuned)
     best = sorted(groups, key=lambda group: group.index)[: len(SERIES)]
     key = made.metric if any(row.metric.n for row in made.tuned) else None
+    points = [Group({"variant": row.variant, **row.settings}, row.runs) for row in made.tuned if row.runs]
+    utility, frontier = frontier_card(points, key) if key else (None, None)
     final = final_picture(groups, key) if key else None
     curves = comparison_curves(best)
     panels = panels_picture(made.tuned)
@@ -46,6 +49,7 @@ def variants_page(found: Collection, out: Path) -> tuple[str, list[Picture]]:
         _header(found, made),
         _banners(found, made),
         _tiles(found, made),
+        utility,
         _tuned_card(made),
         outcome_cards(key, final, clients, [held] if held else [], "variant"),
         curves_card(best, curves, *([figure(panels)] if panels else [])),
@@ -59,7 +63,7 @@ def variants_page(found: Collection, out: Path) -> tuple[str, list[Picture]]:
         footer(found.runs[0], (found.sweep or out.parent).resolve()),
     ]
     pictures = [picture for _, some in curves for picture in some]
-    pictures += [p for p in (final, panels, clients, held, errors) if p is not None]
+    pictures += [p for p in (frontier, final, panels, clients, held, errors) if p is not None]
     return page(f"{found.title}: {len(made.tuned)} variants compared", *body), pictures
 
 
@@ -91,12 +95,13 @@ def _banners(found: Collection, made: Comparison) -> Markup:
 
 def _tiles(found: Collection, made: Comparison) -> Markup:
     tiles = []
-    best = next((row for row in made.tuned if row.standing == BEST), None)
+    best = min((row for row in made.tuned if row.standing == BEST), key=lambda row: row.index, default=None)
     if best is not None:
         name = describe(made.metric).label.lower()
         tiles.append(tile(f"Best {name}", spread(made.metric, best.metric.mean, best.metric.std), best.name, main=True))
-        close = sum(row.standing == "not resolved" for row in made.tuned)
-        tiles.append(tile("Not resolved from it", f"{close} of {len(made.tuned) - 1}", f"{len(made.seeds)} seeds"))
+        beside = [row for row in made.tuned if row.settings == best.settings and row is not best]
+        close = sum(row.standing == UNRESOLVED for row in beside)
+        tiles.append(tile("Not resolved from it", f"{close} of {len(beside)}", f"{len(made.seeds)} seeds"))
     done = sum(run.completed for run in found.runs)
     tiles.append(tile("Runs completed", f"{done} of {len(found.runs) + len(found.missing)}"))
     walls = [run.numbers["wall_s"] for run in found.runs if "wall_s" in run.numbers]
@@ -112,10 +117,13 @@ def _tuned_card(made: Comparison) -> Markup:
 
 
 def _tables(shown: Sequence[Column], rows: Sequence[Row]) -> list[Markup]:
-    """Outcomes and costs, a table each: together they would be wider than the page."""
+    """Outcomes, a table for each choice of further axes, and costs: together they would be wider than the page."""
     costs = [shown[0], *(column for column in shown if column.cost)]
     outcomes = [column for column in shown if not column.cost]
-    return [_table(outcomes, rows), tag("h3", "What it costs"), _table(costs, rows)]
+    tables = []
+    for name, some in blocks(rows):
+        tables += [tag("h3", name) if name else None, _table(outcomes, some)]
+    return [*(part for part in tables if part is not None), tag("h3", "What it costs"), _table(costs, rows)]
 
 
 def _table(shown: Sequence[Column], rows: Sequence[Row]) -> Markup:

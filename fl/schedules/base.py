@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 
@@ -20,15 +21,22 @@ from clients.local.training import LocalTraining
 from fl.clock import Clock
 from fl.config import setting
 from fl.downlink import Downlink
-from fl.messages import EvaluateRequest, StatisticRequest, TrainReply, TrainRequest, payload_bytes
+from fl.messages import EvaluateRequest, Request, TrainReply, TrainRequest, payload_bytes
 from fl.network import Network
 from fl.sampling import Sampling
+from fl.secure import Codecs, Plain, SecureRound
 from fl.state import ServerState, Update
 from fl.validation import Validator
 from privacy.base import Guard
+from privacy.secure_aggregation.settings import SecAggPlus
 
 Event = dict[str, Any]
-MESSAGE_TYPE = {"train": "train", "evaluate": "evaluate", "statistic": "query"}  # Flower's types of messages
+MESSAGE_TYPE = {
+    "train": "train",
+    "evaluate": "evaluate",
+    "statistic": "query",
+    "secure": "query",
+}  # Flower's types of messages
 
 
 @dataclass
@@ -48,6 +56,8 @@ class World:
     validator: Validator
     downlink: Downlink
     guard: Guard = field(default_factory=Guard)
+    secure: SecAggPlus | None = None
+    codecs: Codecs | None = None  # of secure aggregation
     measure_error: bool = False  # compare each new version's weight change with the mean of the clients'
     clock: Clock = field(default_factory=Clock)
 
@@ -55,10 +65,31 @@ class World:
     def number(self) -> int:
         return len(self.nodes)
 
-    def train_request(self, client: int, round: int, lr: float, server: ServerState) -> TrainRequest:
+    def exchange(self, server: ServerState, round: int, asked: Sequence[int]) -> Plain:
+        """How the updates of ``round`` reach the server; takes the time that has to be spent before training.
+
+        Raises `fl.errors.RunStopped` where secure aggregation has too few clients.
+        """
+        if self.secure is None or not asked:
+            return Plain(asked)
+        assert self.codecs is not None
+        made = SecureRound(self, self.secure, self.codecs(round), server, round)
+        made.open(asked)
+        return made
+
+    def train_request(
+        self,
+        client: int,
+        round: int,
+        lr: float,
+        server: ServerState,
+        arrays: Mapping[str, np.ndarray] | None = None,
+    ) -> TrainRequest:
         """The request to train ``server``'s state in ``round``, with what ``client`` does not hold of it."""
         state, header = self.downlink.request(server, client, server.space.trains(round))
-        return TrainRequest(client, round, server.version, state, server.layout.hash, {"lr": lr, **header})
+        header = {"lr": lr, **header}
+        every = {**self.guard.broadcast(server), **(arrays or {})}
+        return TrainRequest(client, round, server.version, state, server.layout.hash, header, every)
 
     def evaluate_request(self, client: int, server: ServerState) -> EvaluateRequest:
         """The request to evaluate ``server``'s state on the client's own test set."""
@@ -69,7 +100,8 @@ class World:
         """The accepted ``reply`` to a request made from ``server``, as aggregation rules see it; times are ticks."""
         space, groups = server.space, server.space.trains(reply.round)
         columns = space.columns(groups, reply.client)
-        vector = space.lift(reply.update, groups, reply.client)
+        # Under secure aggregation the update is masked, and not here.
+        vector = reply.update if len(reply.update) == 0 else space.lift(reply.update, groups, reply.client)
         return Update(
             reply.client, reply.round, reply.version, vector, reply.examples, sent, arrived, reply.loss, reply.steps,
             reply.tokens, columns=None if len(columns) == space.layout.size else columns, start=server.vector,
@@ -81,9 +113,7 @@ class World:
         self.downlink.note(old, folded, new.increment)
         return folded
 
-    def ask(
-        self, requests: Sequence[TrainRequest | EvaluateRequest | StatisticRequest]
-    ) -> tuple[list[tuple[int, Message]], dict[int, int]]:
+    def ask(self, requests: Sequence[Request]) -> tuple[list[tuple[int, Message]], dict[int, int]]:
         """Send the requests and wait for the replies: (client, reply) as they came, and the bytes sent to each client.
 
         A network may deliver a reply twice; both are returned, and `fl.validation.Validator` counts the first.

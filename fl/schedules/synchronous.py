@@ -50,9 +50,10 @@ class Synchronous(Schedule):
     def _round(self, world: World, round: int) -> Iterator[Event]:
         server = world.server
         asked = self._sample(world, round)
-        start = world.clock.now
+        exchange = world.exchange(server, round, asked)
+        asked, start = list(exchange.clients), world.clock.now
         lr = world.local.lr_at(round, self.rounds)
-        requests = {c: world.train_request(c, round, lr, server) for c in asked}
+        requests = {c: world.train_request(c, round, lr, server, exchange.arrays(c)) for c in asked}
         replies, down = world.ask(list(requests.values()))
         queue = EventQueue(Clock(start))
         heard: set[int] = set()
@@ -89,6 +90,8 @@ class Synchronous(Schedule):
             checked = arrival.checked
             if over and isinstance(checked, TrainReply):
                 checked = Rejection(Reason.LATE, "the round was over")
+            if isinstance(checked, TrainReply):
+                exchange.add(event.client, checked)
             end = end if over else event.time
             totals["bytes_down"] += arrival.bytes_down
             totals["bytes_up"] += arrival.bytes_up
@@ -103,7 +106,7 @@ class Synchronous(Schedule):
             over = over or (quota is not None and len(updates) >= quota)
         world.clock.advance(end)
         world.validator.forget(round)
-        if asked and len(updates) < self.min_clients:
+        if asked and len(updates) < self.min_clients and not world.guard.counts_secret:
             raise RunStopped(
                 f"Round {round} has {len(updates)} accepted updates of {len(asked)} clients asked; "
                 f"schedule.min_clients is {self.min_clients}. Rejected: {dict(sorted(rejected.items())) or 'none'}. "
@@ -112,6 +115,9 @@ class Synchronous(Schedule):
         new, error = server, None
         losses = [u.loss for u in updates if u.loss is not None]
         accepted = len(updates)
+        if updates:
+            updates = exchange.close(updates)
+        totals.update(exchange.costs)
         collected = world.guard.collect(server, updates, round, lr)
         if collected:
             new = world.aggregator.aggregate(server, collected, world.optimizer)

@@ -73,8 +73,6 @@ def _log_mass(roots: tuple[float, float], a: float, b: float, mean: float, devia
         return float(log_ndtr(-low if b > 0 else low))
     if a > 0:
         return float(np.logaddexp(log_ndtr(low), log_ndtr(-high)))
-    if low < 0 < high:
-        return float(np.log1p(-np.exp(np.logaddexp(log_ndtr(low), log_ndtr(-high)))))
     # The difference of two tails, taken on the side where both are small.
     upper, lower = (log_ndtr(high), log_ndtr(low)) if high <= 0 else (log_ndtr(-low), log_ndtr(-high))
     return float(upper + np.log1p(-np.exp(lower - upper))) if lower < upper else -np.inf

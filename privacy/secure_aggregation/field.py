@@ -64,7 +64,7 @@ def draw(seed: bytes, count: int) -> np.ndarray:
     return out
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def weights(degree: int, point: int) -> np.ndarray:
     """``(degree + 1,)``: Lagrange's weights at ``point``, which must not be one of 0, ..., degree."""
     above, out = 1, []

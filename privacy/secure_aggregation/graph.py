@@ -76,7 +76,7 @@ def _plan(topology: Topology, clients: int) -> Plan:
             t = int(np.flatnonzero(fits)[fits.sum() // 2])
             return Plan(clients, degree, t, float(exposed[t]), float(lost[t]))
     low, high = max(2, corrupt + 1), clients - 1 - dropped
-    if low > high or clients - corrupt - dropped < 2:
+    if low > high:
         raise ConfigError(
             "clients",
             clients,

@@ -111,7 +111,8 @@ class NormCheck:
         """
         if integers.shape != (self.length,) or integers.dtype != np.int64:
             raise ShoalError(f"A vector {integers.dtype}{integers.shape} must be int64 of shape ({self.length},).")
-        square = sum(int(v) ** 2 for v in integers[np.abs(integers) > self.bound]) or int(integers @ integers)
+        large = integers[(integers > self.bound) | (integers < -self.bound)]  # their squares could leave int64
+        square = sum(int(v) ** 2 for v in large) or int(integers @ integers)
         if square > self.bound**2:
             raise ShoalError(f"A vector's L2 norm is {math.sqrt(square):.6g}; the bound is {self.bound}. Clip it.")
         commitment = self._commit(field.encode(integers), secret, context, client)
@@ -153,7 +154,7 @@ class NormCheck:
         return [head + body for head, body in zip(heads, bodies, strict=True)]
 
     def open(self, server: int, message: bytes, context: str, client: int, query: bytes) -> tuple[np.ndarray, bytes]:
-        """``(share (length,) of x, opening)``: what ``server`` (from 0) keeps of a message, and what it tells the others.
+        """``(share (length,) of x, opening)``: what ``server`` (from 0) keeps of a message and tells the others.
 
         ``query`` is 32 bytes that the servers share and clients don't know. Raises `ShoalError` for what is no proof.
         """

@@ -31,7 +31,7 @@ from typing import TypeVar
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from fl.errors import ShoalError
+from fl.errors import ConfigError, ShoalError
 from privacy.secure_aggregation import shamir
 from privacy.secure_aggregation.graph import Plan, Topology, neighbours
 from privacy.secure_aggregation.primitives import KEY_BYTES, add_mask, agree, decrypt, derive, encrypt, pack, unpack
@@ -198,7 +198,10 @@ class Coordinator:
     def rosters(self, advertisements: Mapping[int, bytes]) -> dict[int, bytes]:
         """For each client that advertised: how many did, and the public keys of its neighbours, for `share`."""
         self._keys = self._read(advertisements, lambda _, message: _exactly(message, 3 * KEY_BYTES))
-        self._plan = self.topology.plan(len(self._keys))
+        try:
+            self._plan = self.topology.plan(len(self._keys))
+        except ConfigError as error:
+            raise TooFewClients(f"{len(self._keys)} clients advertised in {self.context}: {error}") from error
         self._neighbours = neighbours(self._plan, self._keys, self._generator)
         count = len(self._keys).to_bytes(4, "little")
         return {

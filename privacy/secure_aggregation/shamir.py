@@ -46,8 +46,8 @@ def split(secret: bytes, threshold: int, shares: int, seed: bytes) -> list[bytes
 def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
     """The secret, from ``threshold`` or more shares by x. Raises `ShoalError` for too few or what is no share.
 
-    The ``threshold`` shares of lowest x are used. Altered shares give a wrong secret, or, with a probability of about
-    1 - 2^-248, none at all if they take the result out of 32 bytes.
+    The ``threshold`` shares of lowest x are used. Altered shares give another secret, or, once in 2^247, a number that
+    is too large for one.
     """
     if len(shares) < threshold:
         raise ShoalError(f"{len(shares)} shares can't give a secret; {threshold} are needed.")

@@ -415,6 +415,14 @@ def test_the_discrete_gaussian_cost_covers_the_true_divergence(share_variance, s
     assert np.all(np.array(larger) <= truths[1] * (1 + 1e-9))  # a larger cohort costs less
 
 
+def test_the_discrete_gaussian_cost_is_the_smaller_of_its_bounds():
+    cost = DistributedDiscreteGaussian(0.3, 4, 5, 3, 50)
+    tau, v, orders = cost.tau(), 1.2, np.array([1.1, 3.0, 400.0])
+    added, mixed = orders * 5 / (2 * v) + 50 * tau, orders / 2 * (5 / v + 6 * tau / math.sqrt(v) + 50 * tau**2)
+    assert mixed[0] < added[0] and added[2] < mixed[2]
+    np.testing.assert_allclose(cost.rdp(orders), np.minimum(added, mixed))
+
+
 def test_the_sum_of_few_coarse_shares_costs_more_than_a_discrete_gaussian():
     p = sum_of_discrete_gaussians(0.1, 4, 48)
     truth = divergence(p[24:-24], p[23:-25], 1.5)

@@ -3,7 +3,7 @@ import pytest
 from scipy import integrate, stats
 
 from fl.errors import ShoalError
-from privacy.audit.gaussians import gaussian_epsilon
+from privacy.audit.gaussians import _log_delta, gaussian_epsilon
 
 
 def delta_by_quadrature(p, q, epsilon):
@@ -33,6 +33,19 @@ def test_at_the_epsilon_the_hockey_stick_divergence_is_delta(p, q, delta):
     worst = max(delta_by_quadrature(p, q, epsilon), delta_by_quadrature(q, p, epsilon))
     assert worst == pytest.approx(delta, rel=2e-4)
     assert gaussian_epsilon(*q, *p, delta) == pytest.approx(epsilon, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("p", "q"), [((1, 1), (0, 1)), ((-1, 1), (0, 1)), ((-12, 0.5), (0, 1)), ((12, 0.5), (0, 1)), ((0, 1), (1, 0.5))]
+)
+@pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
+def test_each_order_is_the_divergence_by_its_definition(p, q, share):
+    """Each order by itself, deep tails included (the larger of the two would hide an error in the other)."""
+    epsilon = share * gaussian_epsilon(*p, *q, 1e-3)
+    for one, other in ((p, q), (q, p)):
+        assert np.exp(_log_delta(one, other, epsilon)) == pytest.approx(
+            delta_by_quadrature(one, other, epsilon), rel=1e-4, abs=1e-12
+        )
 
 
 def test_the_gaussian_mechanism():

@@ -46,9 +46,8 @@ def test_every_side_and_direction_is_found(sign, exchanged):
 
 def test_runs_that_are_told_apart_reach_the_ceiling():
     bound = lower_bound(np.arange(1000) + 1e6, np.arange(1000.0), DELTA)
-    assert (
-        bound.epsilon == bound.ceiling == pytest.approx(np.log((0.025 ** (1 / 500) - DELTA) / (1 - 0.025 ** (1 / 500))))
-    )
+    right = 0.025 ** (1 / 500)
+    assert bound.epsilon == bound.ceiling == pytest.approx(np.log((right - DELTA) / (1 - right)))
 
 
 def test_the_choice_of_the_event_costs_no_validity():
@@ -89,10 +88,8 @@ def test_the_right_mechanism_is_not_above_its_epsilon():
 
 def test_an_event_is_a_statistic_of_ones_and_zeros():
     happened = np.arange(100) % 4 < 2
-    bound = lower_bound(happened, np.zeros(100, dtype=bool), 0.0, names=("the release is exactly zero",))
-    assert bound.evidence.startswith(
-        "the release is exactly zero at least 0.5 in 25 of 50 runs with the canary and 0 of"
-    )
+    bound = lower_bound(happened, np.zeros(100, dtype=bool), 0.0, names=("the release is zero",))
+    assert bound.evidence.startswith("the release is zero at least 0.5 in 25 of 50 runs with the canary and 0 of 50")
     assert bound.epsilon > 0
 
 

@@ -1,0 +1,205 @@
+"""Secure aggregation in a round: the stages before and after training, as Flower messages.
+
+    keys     query   ->  advertisement                 (each client asked)
+    shares   query: roster  ->  encrypted shares       (each that advertised)
+    train    training request with its inbox  ->  ``masked``: the encoded update under masks, and nothing else
+    unmask   query: which neighbours are in the sum  ->  shares of secrets
+
+The cryptography is in `privacy.secure_aggregation.protocol`; here are the messages, their bytes and their time. A
+client that does not answer a stage has dropped out of the round. What the server gets of an update is its masked form
+(`TrainReply.update` is empty), and of the round the sum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fl.errors import RunStopped, ShoalError
+from fl.keys import generator, key_bytes
+from fl.messages import SecureRequest, TrainReply, TrainRequest, payload_bytes
+from fl.state import ServerState, Update
+from fl.validation import Validator
+from privacy.secure_aggregation.codec import Codec
+from privacy.secure_aggregation.protocol import Coordinator, Participant
+from privacy.secure_aggregation.settings import SecAggPlus
+
+if TYPE_CHECKING:
+    from fl.schedules.base import World
+
+KEYS, SHARES, UNMASK = "keys", "shares", "unmask"
+MASKED = "masked"
+Codecs = Callable[[int], Codec]  # of a round
+
+
+def context(seed: int, round: int) -> str:
+    """What the messages of one round are bound to."""
+    return f"shoal {seed} round {round}"
+
+
+class Plain:
+    """A round's exchange without secure aggregation: every update as it came."""
+
+    clients: Sequence[int]
+
+    def __init__(self, clients: Sequence[int]):
+        self.clients = clients
+        self.costs: Counter[str] = Counter()
+
+    def arrays(self, client: int) -> dict[str, np.ndarray]:
+        """What a training request carries beside the state."""
+        return {}
+
+    def add(self, client: int, reply: TrainReply) -> None:
+        """Take in an accepted reply. Raises `ShoalError` for one that can't be."""
+
+    def close(self, updates: list[Update]) -> list[Update]:
+        """The updates that the round gives."""
+        return updates
+
+
+@dataclass
+class SecureRound(Plain):
+    """One round's exchange. ``clients`` are those that training is asked of; ``costs`` the bytes of the stages."""
+
+    world: World
+    settings: SecAggPlus
+    codec: Codec
+    server: ServerState
+    round: int
+    costs: Counter[str] = field(default_factory=Counter)
+    inboxes: dict[int, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        seed = self.world.seed
+        draws = generator(seed, "secagg graph", self.round)
+        name = context(seed, self.round)
+        self.coordinator = Coordinator(self.settings.topology, name, self.codec.length, self.codec.dtype, draws)
+
+    def open(self, asked: Sequence[int]) -> None:
+        """Keys and shares of the clients ``asked``. Raises `RunStopped` where too few answer."""
+        try:
+            rosters = self.coordinator.rosters(self._stage(KEYS, dict.fromkeys(asked, b"")))
+            self.inboxes = self.coordinator.inboxes(self._stage(SHARES, rosters))
+        except ShoalError as error:
+            raise _lost(self.round, error) from error
+        self.clients = sorted(self.inboxes)
+
+    def arrays(self, client: int) -> dict[str, np.ndarray]:
+        return {"inbox": np.frombuffer(self.inboxes[client], np.uint8)}
+
+    def add(self, client: int, reply: TrainReply) -> None:
+        self.coordinator.add(client, reply.arrays[MASKED].tobytes())
+
+    def close(self, updates: list[Update]) -> list[Update]:
+        there, least = len(self.coordinator.survivors), self.codec.least
+        if there < least:
+            raise RunStopped(
+                f"Round {self.round} has {there} masked updates, and {least} are needed: their sum is not opened. "
+                "Ask more clients, or plan for more dropouts (secure_aggregation.dropout)."
+            )
+        try:
+            total = self.coordinator.total(self._stage(UNMASK, self.coordinator.requests()))
+            mean = self.codec.decode(total, len(self.coordinator.survivors))
+        except ShoalError as error:
+            raise _lost(self.round, error) from error
+        space = self.server.space
+        columns = space.columns(space.trains(self.round))
+        one = Update(
+            self.coordinator.survivors[0], self.round, self.server.version, mean, sum(u.examples for u in updates),
+            min(u.sent_ticks for u in updates), max(u.arrived_ticks for u in updates),
+            steps=sum(u.steps for u in updates),
+            columns=None if len(columns) == space.layout.size else columns, start=self.server.vector,
+        )  # fmt: skip
+        return [one]
+
+    def _stage(self, stage: str, messages: Mapping[int, bytes]) -> dict[int, bytes]:
+        """Ask the clients of ``messages``; their answers. Takes as long as the slowest of those that answer."""
+        world, server = self.world, self.server
+        nothing = np.zeros(0, np.float32)
+        requests = {
+            c: SecureRequest(
+                c, self.round, server.version, nothing, server.layout.hash, {"stage": stage},
+                {"message": np.frombuffer(m, np.uint8)},
+            )
+            for c, m in messages.items()
+        }  # fmt: skip
+        replies, sent = world.ask(list(requests.values()))
+        validator = Validator(server.layout.hash, 0, arrays=lambda _: {"message": ("uint8", -1)})
+        answers: dict[int, bytes] = {}
+        start = end = world.clock.now
+        for client, reply in replies:
+            checked = validator.check(reply, requests[client])
+            up = 0 if reply.has_error() else payload_bytes(reply.content)
+            self.costs.update(bytes_down=sent[client] if client not in answers else 0, bytes_up=up)
+            job = world.network.job(world.seed, client, self.round, 0, sent[client], up, stage)
+            if job.dropped_at is None and isinstance(checked, TrainReply):
+                answers[client] = checked.arrays["message"].tobytes()
+                end = max(end, start + job.total)
+        world.clock.advance(end)
+        return answers
+
+
+def _lost(round: int, error: ShoalError) -> RunStopped:
+    return RunStopped(f"Round {round} has no sum: {error}")
+
+
+class SecureClients:
+    """The client half, at a node: a `Participant` for each of its clients in the round that is going on."""
+
+    def __init__(self, settings: SecAggPlus, seed: int, codecs: Codecs, weighted: bool):
+        self.settings, self.seed, self.codecs, self.weighted = settings, seed, codecs, weighted
+        self.states: dict[int, tuple[int, dict[str, bytes]]] = {}
+
+    def _participant(self, client: int, round: int) -> Participant:
+        before = self.states.get(client)
+        state = before[1] if before is not None and before[0] == round else {}
+        secret = key_bytes(self.seed, "secagg", client, round)
+        return Participant(self.settings.topology, client, context(self.seed, round), secret, state)
+
+    def answer(self, request: SecureRequest) -> dict[str, np.ndarray]:
+        """A stage's answer. Raises `ShoalError` where the participant refuses."""
+        participant = self._participant(request.client, request.round)
+        message = request.arrays["message"].tobytes()
+        stage = request.extra.get("stage")
+        if stage == KEYS:
+            out = participant.advertise()
+        elif stage == SHARES:
+            out = participant.share(message)
+        elif stage == UNMASK:
+            out = participant.unmask(message)
+        else:
+            raise ShoalError(f"secure aggregation has no stage {stage!r:.40}")
+        self.states[request.client] = (request.round, participant.state())
+        return {"message": np.frombuffer(out, np.uint8)}
+
+    def mask(self, request: TrainRequest, update: np.ndarray, examples: int) -> dict[str, np.ndarray]:
+        """What a client with ``examples`` sends of its ``update`` ``(n,)``: integers under masks."""
+        client, round = request.client, request.round
+        participant = self._participant(client, round)
+        codec = self.codecs(round)
+        # The content is part of the key: another update never gets the same rounding and noise.
+        content = hashlib.sha256(update.tobytes()).hexdigest()
+        rng = generator(self.seed, "secagg encoding", client, round, content)
+        encoded = codec.encode(update, examples if self.weighted else 1, rng, request.arrays)
+        masked = participant.mask(encoded, request.arrays["inbox"].tobytes())
+        self.states[client] = (round, participant.state())
+        return {MASKED: np.frombuffer(masked, codec.dtype)}
+
+
+def make_codecs(settings: Any, guard: Any, space: Any, clients: int, max_weight: int) -> Codecs:
+    """Both halves' codec of a round: the guard's own where it has one, else fixed point."""
+
+    @lru_cache(maxsize=4)
+    def of(round: int) -> Codec:
+        size = len(space.columns(space.trains(round)))
+        made = guard.codec(size, round)
+        return settings.codec(size, clients, max_weight) if made is None else made
+
+    return of

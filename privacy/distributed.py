@@ -1,0 +1,163 @@
+"""Distributed differential privacy: discrete noise from every client, summed under secure aggregation.
+
+No server is trusted with a single update, and none has to add noise: each client clips its update to C, rotates and
+rounds it to integers, adds its share of discrete noise, and masks it. The server learns
+
+    sum_i round(s R clip_C(u_i)) + sum_i noise_i  mod 2^b,    noise_i of variance (s z C)^2 / m
+
+(`privacy.discrete`; Kairouz, Liu and Steinke, arXiv 2102.06387; Agarwal, Kairouz and Liu, arXiv 2110.04995). The noise
+is planned for the ``min_cohort`` m honest clients that a sum has at least; a round with fewer is not opened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from clients.behaviours.base import ReplyFields
+from fl.config import setting
+from fl.errors import ConfigError
+from fl.state import ServerState, Update
+from privacy import accounting
+from privacy.accounting import Mechanism
+from privacy.base import Guard, Statement
+from privacy.client_level import RELATIONS, UNCOVERED, ClientLevel
+from privacy.discrete import DiscreteNoise
+from privacy.secure_aggregation.codec import Codec
+
+if TYPE_CHECKING:
+    from clients.adapters.space import Space
+    from fl.experiment import Settings
+
+
+@dataclass(frozen=True)
+class Distributed(ClientLevel):
+    """Client-level privacy against the server too, by noise shares under ``secure_aggregation=secagg``.
+
+    ``min_cohort`` (null: what is left of a round's clients without those that ``secure_aggregation`` lets collude and
+    drop out) is how many clients' noise the claim counts on. ``resolution`` is the integers of the clipping norm C.
+    """
+
+    kind: str = setting("skellam", choices=("skellam", "discrete_gaussian"), help="law of a client's share of noise")
+    min_cohort: int | None = setting(None, ge=1, help="fewest honest clients in a sum; null: by secure_aggregation")
+    resolution: float = setting(2.0**16, ge=16, help="integer steps of the clipping norm")
+    rotate: bool = setting(True, help="random rotation before rounding, so that no coordinate is large")
+
+    def check(self, settings: Settings) -> None:
+        super().check(settings)
+        if not settings.secure_aggregation.active:
+            raise ConfigError(
+                "secure_aggregation", "none", "secagg: a client's share of the noise alone hides nothing",
+                "Set secure_aggregation=secagg, or use privacy=local or central.",
+            )  # fmt: skip
+        if settings.aggregator.weights != "uniform":
+            allowed = "uniform: noise shares are equal, and numbers of examples are a client's secret"
+            raise ConfigError("aggregator.weights", settings.aggregator.weights, allowed)
+        if self.accountant != "rdp":
+            raise ConfigError("privacy.accountant", self.accountant, "rdp for discrete noise")
+
+    def guard(self, settings: Settings, sizes: Sequence[int], space: Space) -> Guard:
+        return DistributedGuard(self, settings, sizes, space)
+
+
+class DistributedGuard(Guard):
+    """The codec of a round's sum, and the book of the sums that were opened."""
+
+    def __init__(self, privacy: Distributed, settings: Settings, sizes: Sequence[int], space: Space):
+        from privacy.secure_aggregation.settings import SecAggPlus
+
+        secure = settings.secure_aggregation
+        assert isinstance(secure, SecAggPlus)
+        self.privacy, self.secure, self.seed, self.clients = privacy, secure, settings.seed, len(sizes)
+        self.asked = min(len(sizes), settings.sampling.asked(settings.clients.per_round or len(sizes)))
+        self.colluding = math.ceil(secure.colluding * self.asked)
+        left = self.asked - self.colluding - math.ceil(secure.dropout * self.asked)
+        self.min_cohort = max(1, left) if privacy.min_cohort is None else privacy.min_cohort
+        # The largest phase has the largest sensitivity after rounding, so it prices every round.
+        self.size = max(len(space.columns(phase)) for phase in space.phases)
+        self.rounds = settings.schedule.rounds
+        multipliers: dict[Mechanism, float] = {}
+
+        def release(noise: float) -> Mechanism:
+            made = self._plan(noise, self.size).release()
+            multipliers[made] = noise
+            return made
+
+        self.book = privacy.book(release, self.rounds, len(sizes))
+        self.noise_multiplier = multipliers[self.book.running]
+
+    def _plan(self, noise: float, size: int) -> DiscreteNoise:
+        p = self.privacy
+        return DiscreteNoise(
+            size, p.clip, noise, p.resolution / p.clip, self.asked, self.min_cohort, self.secure.modulus_bits,
+            p.kind, p.rotate,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def codec(self, size: int, round: int) -> Codec | None:
+        return NoisySum(self._plan(self.noise_multiplier, size), self.colluding, (self.seed, "rotation", round))
+
+    def release(self, reply: ReplyFields, columns: np.ndarray) -> ReplyFields:
+        return replace(reply, loss=None, tokens=0, examples=1)
+
+    def collect(self, server: ServerState, updates: Sequence[Update], round: int, lr: float) -> list[Update]:
+        if updates:
+            self.book.grant(round, str(server.version), 1)
+        return list(updates)
+
+    def stopped(self) -> str | None:
+        if self.book.exhausted and self.book.steps < self.rounds:
+            return f"the next round would exceed the privacy budget, epsilon {self.privacy.epsilon:g}"
+        return None
+
+    @property
+    def epsilon(self) -> float | None:
+        return self.book.epsilon
+
+    def statement(self) -> Statement:
+        p, book = self.privacy, self.book
+        plan = self._plan(self.noise_multiplier, self.size)
+        what = {"skellam": "Skellam", "discrete_gaussian": "discrete Gaussian"}[p.kind]
+        row = {
+            "clients": self.clients, "steps": book.steps, "limit": book.limit,
+            "mechanism": book.running.of(book.steps).describe(), "delta": book.delta, "epsilon": book.epsilon,
+        }  # fmt: skip
+        return Statement(
+            "Distributed differential privacy (noise shares under secure aggregation)", "client",
+            RELATIONS["add-remove"], f"{self.asked} clients a round; no amplification by sampling is claimed",
+            f"each client's whole update to L2 norm C = {p.clip:g}, rounded to steps of C/{p.resolution:g}, which "
+            f"makes it {math.sqrt(plan.squared_l2) / p.resolution:.4g} C at most",
+            f"{what}, {self.noise_multiplier:.4g} x C in the sum of {self.min_cohort} honest clients, each of whom "
+            "adds its share, drawn from the run's seed",
+            f"every round; {book.steps} sums opened", accounting.named(book.accountant), book.epsilon, book.delta,
+            p.epsilon,
+            against=f"the server with up to {self.colluding} clients of a round, other clients, and whoever sees the "
+            "models, if they keep to the protocol and do not know the run's seed",
+            uncovered=UNCOVERED, holders=[row],
+        )  # fmt: skip
+
+    def state(self) -> dict:
+        return {"book": self.book.state()}
+
+    def restore(self, state: dict) -> None:
+        self.book.restore(state["book"])
+
+
+class NoisySum(Codec):
+    """The mean of clipped updates with the noise of all who are in the sum."""
+
+    def __init__(self, plan: DiscreteNoise, colluding: int, public: tuple[int | str, ...]):
+        self.plan, self.colluding, self.public = plan, colluding, public
+        self.least = plan.min_cohort + colluding  # with fewer, the sum would have less noise than is claimed
+        self.length, self.dtype = plan.padded, np.dtype(f"<u{plan.modulus_bits // 8}")
+
+    def encode(
+        self, update: np.ndarray, weight: int, rng: np.random.Generator, arrays: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        return self.plan.encode(update, rng, *self.public)
+
+    def decode(self, total: np.ndarray, clients: int) -> np.ndarray:
+        return self.plan.decode(total, clients, *self.public, colluding=self.colluding) / clients

@@ -1,0 +1,56 @@
+"""How a client's update becomes the integers that are summed under masks, and how their sum becomes a mean update.
+
+A codec belongs to one round. `Fixed` sums updates as they are, in fixed point; a mechanism that needs noise in the sum
+brings its own (`privacy.base.Guard.codec`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import numpy as np
+
+from privacy.secure_aggregation.quantise import Quantiser, finest_scale
+
+
+class Codec(ABC):
+    """``length`` integers of ``dtype`` (uint32 or uint64) for an update of ``size`` numbers.
+
+    A sum of fewer than ``least`` clients is not unmasked.
+    """
+
+    least: int = 1
+    length: int
+    dtype: np.dtype
+
+    @abstractmethod
+    def encode(
+        self, update: np.ndarray, weight: int, rng: np.random.Generator, arrays: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        """``(length,)`` of ``update`` ``(size,)``; ``rng`` is the client's own secret one, ``arrays`` the request's.
+
+        Raises `ShoalError` for an update that can't be encoded.
+        """
+
+    @abstractmethod
+    def decode(self, total: np.ndarray, clients: int) -> np.ndarray:
+        """``(size,)`` float64: what an aggregation rule gets, from the sum ``(length,)`` over ``clients``."""
+
+
+class Fixed(Codec):
+    """The weighted mean ``sum_i w_i u_i / sum_i w_i``, to within ``clients / (scale sum_i w_i)`` a coordinate."""
+
+    def __init__(self, size: int, clip: float, clients: int, max_weight: int, modulus_bits: int, scale: float | None):
+        scale = scale or finest_scale(clip, clients, max_weight, modulus_bits)
+        self.quantiser = Quantiser(clip, clients, scale, max_weight, modulus_bits)
+        self.length, self.dtype = size + 1, self.quantiser.dtype
+
+    def encode(
+        self, update: np.ndarray, weight: int, rng: np.random.Generator, arrays: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        return self.quantiser.encode(update, weight, rng)
+
+    def decode(self, total: np.ndarray, clients: int) -> np.ndarray:
+        mean, weight = self.quantiser.decode(total)
+        return mean / weight

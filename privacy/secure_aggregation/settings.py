@@ -1,0 +1,86 @@
+"""The ``secure_aggregation=`` group: whether the server sees clients' updates, or only sums of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from fl.config import setting
+from fl.errors import ConfigError
+from privacy.secure_aggregation.codec import Codec, Fixed
+from privacy.secure_aggregation.graph import Topology
+
+if TYPE_CHECKING:
+    from fl.experiment import Settings
+
+
+@dataclass(frozen=True)
+class SecureAggregation:
+    """No secure aggregation: the server is sent every update in the clear."""
+
+    active: ClassVar[bool] = False
+
+    def check(self, settings: Settings) -> None:
+        """Raise `ConfigError`, before anything loads, for what can't be done on sums alone."""
+
+    def statement(self) -> str:
+        """A sentence for the run's records; empty where there is nothing to say."""
+        return ""
+
+
+@dataclass(frozen=True)
+class SecAggPlus(SecureAggregation):
+    """SecAgg+ (`privacy.secure_aggregation.protocol`): the server learns the sum over the clients that answer.
+
+    ``clip`` bounds every coordinate of an update; a client whose update leaves that range does not take part in the
+    round, since its numbers would wrap around. ``scale`` is the integers per unit (null: the finest that fits).
+    """
+
+    active: ClassVar[bool] = True
+
+    colluding: float = setting(0.1, ge=0, lt=1, help="fraction of the clients that may collude with the server")
+    dropout: float = setting(0.1, ge=0, lt=1, help="fraction of the clients that may drop out in a round")
+    security_bits: float = setting(40.0, gt=0, help="a sum shows more than it should with probability 2^-this")
+    correctness_bits: float = setting(20.0, gt=0, help="a round is lost to dropouts with probability 2^-this")
+    complete_up_to: int = setting(32, ge=0, help="up to this many clients everybody is everybody's neighbour")
+    clip: float = setting(4.0, gt=0, help="largest absolute value of a coordinate of an update")
+    modulus_bits: int = setting(32, choices=(32, 64), help="bits that a coordinate takes in a message")
+    scale: float | None = setting(None, gt=0, help="integers per unit; null: the finest that can't wrap around")
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.colluding, self.dropout, self.security_bits, self.correctness_bits, self.complete_up_to)
+
+    def codec(self, size: int, clients: int, max_weight: int) -> Codec:
+        """The codec for updates of ``size`` numbers of at most ``clients`` clients."""
+        return Fixed(size, self.clip, clients, max_weight, self.modulus_bits, self.scale)
+
+    def check(self, settings: Settings) -> None:
+        name = type(settings.aggregator).__name__
+        if not settings.aggregator.linear:
+            raise ConfigError(
+                "secure_aggregation", "secagg", f"with a rule of the mean update alone, which {name} is not",
+                "Use aggregator=fedavg, fedsb, fedsvd or rolora.",
+            )  # fmt: skip
+        if not isinstance(settings.aggregator.weights, str):
+            allowed = "examples or uniform with secure_aggregation=secagg, where weights are integers"
+            raise ConfigError("aggregator.weights", settings.aggregator.weights, allowed)
+        if settings.adapter.mixed_ranks:
+            allowed = "one rank for all clients with secure_aggregation=secagg: sums are over equal columns"
+            raise ConfigError("adapter.rank", getattr(settings.adapter, "rank", None), allowed)
+        if settings.schedule.participations() is None:
+            allowed = "a schedule in rounds, with secure_aggregation=secagg"
+            raise ConfigError("schedule", type(settings.schedule).__name__, allowed)
+        if settings.evaluation.aggregation_error:
+            allowed = "false with secure_aggregation=secagg: single updates are not known"
+            raise ConfigError("evaluation.aggregation_error", True, allowed)
+        most = settings.clients.per_round or settings.clients.number
+        if most is not None:
+            self.topology.plan(most)
+
+    def statement(self) -> str:
+        t = self.topology
+        return (
+            "Secure aggregation (SecAgg+): the server saw sums of updates over the clients of a round, never a single "
+            f"one, if it keeps to the protocol and at most {t.colluding:.0%} of the clients collude with it."
+        )
