@@ -265,6 +265,10 @@ class Experiment:
     def guard(self) -> Guard:
         """What keeps the privacy claim: the client half acts in `node`, the server half in the schedule."""
         sizes = [len(part) for part in self.data.parts]
+        every = np.concatenate(self.data.parts)
+        if self.settings.privacy.unit is not None and len(np.unique(every)) < len(every):
+            allowed = "one in which no two clients hold the same example: its holders' budgets would add up"
+            raise ConfigError("partition", type(self.settings.partition).__name__, allowed)
         return self.settings.privacy.guard(self.settings, sizes, self.trainer.worker.cohort.space)
 
     def close(self) -> None:

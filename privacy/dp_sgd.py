@@ -1,7 +1,7 @@
 """DP-SGD at every client: example-level differential privacy, against the server and everybody who sees its models.
 
 Per-sample clipping, noise before anything leaves the gradient, Poisson sampling (see `clients.local.private`): Abadi et
-al., arXiv 1607.00133. What comes after - any optimiser, proximal terms, averaging, SVDs, residuals - is post-processing.
+al., arXiv 1607.00133. What comes after, be it an optimiser, a proximal term, averaging, an SVD, is post-processing.
 
 Client i with n_i examples samples at rate ``q_i = batch_size / n_i`` and takes part in every round in the worst case,
 so its noise multiplier is calibrated for all steps that it can be asked for, once for the whole run, and one account

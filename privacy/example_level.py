@@ -33,7 +33,7 @@ def check(settings: Settings, unit: str = "example") -> None:
     if settings.schedule.participations() is None:
         raise ConfigError(
             "schedule", type(settings.schedule).__name__,
-            "a schedule that bounds how often a client takes part: without a bound there is no worst case to account for",
+            "a schedule that bounds how often a client takes part: without one there is no worst case to account for",
             "Choose another schedule, or privacy=none.",
         )  # fmt: skip
     check_start(settings.adapter.initialisation, "private")
@@ -156,7 +156,7 @@ def statement(mechanism: str, rows: list[dict], **parts) -> Statement:
     top, delta = worst(rows), max(row["delta"] for row in rows)
     uncovered = list(UNCOVERED)
     if any(row["delta"] * row["examples"] > 1 + 1e-9 for row in rows):
-        uncovered.append(f"delta = {delta:.3g} is above 1/n_i for some client: it allows publishing an example as it is")
+        uncovered.append(f"delta = {delta:.3g} is above 1/n_i for some client: it allows giving an example away whole")
     return Statement(
         mechanism, "example of one client", "adding or removing it", epsilon=top["epsilon"], delta=delta,
         holders=rows, uncovered=uncovered, **parts,

@@ -174,11 +174,11 @@ def _size(beta: float) -> int:
 
 @lru_cache(maxsize=8)
 def _energy_table(beta: float, p: float, most: int, kappa: float) -> tuple[np.ndarray, np.ndarray]:
-    """Energies ``(n,)`` and masses ``(most + 1, n + 1)`` at them after 0..``most`` steps; the last mass is at infinity.
+    """Energies ``(n,)`` and masses ``(most + 1, n + 1)`` after 0..``most`` steps; the last mass is at infinity.
 
     The mean of f under these masses is at least the mean of f(E), for every f that increases with
     ``f'' + kappa f' >= 0``. States (m, E) move on a grid. A value between two points is split over them as for linear
-    interpolation in -exp(-k x), which is an upper bound of a function with ``f'' + k f' >= 0``: k = kappa in E, and in m
+    interpolation in -exp(-k x), an upper bound of a function with ``f'' + k f' >= 0``: k = kappa in E, and in m
     k = kappa 2 beta/(1 - beta), as later energy is convex in m with a slope of at most that over kappa.
     """
     m = _momenta(beta)
