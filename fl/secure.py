@@ -7,12 +7,13 @@
 
 The cryptography is in `privacy.secure_aggregation.protocol`; here are the messages, their bytes and their time. A
 client that does not answer a stage has dropped out of the round. What the server gets of an update is its masked form
-(`TrainReply.update` is empty), and of the round the sum.
+(`TrainReply.update` is empty), and of the round the sum. Error replies name no number of a client's own either.
 """
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fl.errors import RunStopped, ShoalError
-from fl.keys import generator, key_bytes
-from fl.messages import SecureRequest, TrainReply, TrainRequest, payload_bytes
+from fl.keys import generator
+from fl.messages import MalformedMessage, Request, SecureRequest, TrainReply, TrainRequest, payload_bytes
 from fl.state import ServerState, Update
 from fl.validation import Validator
 from privacy.secure_aggregation.codec import Codec
+from privacy.secure_aggregation.primitives import derive
 from privacy.secure_aggregation.protocol import Coordinator, Participant
 from privacy.secure_aggregation.settings import SecAggPlus
 
@@ -101,8 +103,9 @@ class SecureRound(Plain):
         there, least = len(self.coordinator.survivors), self.codec.least
         if there < least:
             raise RunStopped(
-                f"Round {self.round} has {there} masked updates, and {least} are needed: their sum is not opened. "
-                "Ask more clients, or plan for more dropouts (secure_aggregation.dropout)."
+                f"Round {self.round} has {there} masked updates, and {least} are needed for the noise that is claimed: "
+                "their sum is not opened. Ask more clients, or let each add more noise (a smaller privacy.min_cohort, "
+                f"or null and a larger secure_aggregation.dropout). {_WAY_OUT}"
             )
         try:
             total = self.coordinator.total(self._stage(UNMASK, self.coordinator.requests()))
@@ -134,39 +137,53 @@ class SecureRound(Plain):
         validator = Validator(server.layout.hash, 0, arrays=lambda _: {"message": ("uint8", -1)})
         answers: dict[int, bytes] = {}
         start = end = world.clock.now
+        self.costs["bytes_down"] += sum(sent.values())
         for client, reply in replies:
             checked = validator.check(reply, requests[client])
             up = 0 if reply.has_error() else payload_bytes(reply.content)
-            self.costs.update(bytes_down=sent[client] if client not in answers else 0, bytes_up=up)
             job = world.network.job(world.seed, client, self.round, 0, sent[client], up, stage)
-            if job.dropped_at is None and isinstance(checked, TrainReply):
+            if job.dropped_at is not None:
+                continue
+            self.costs["bytes_up"] += up
+            if isinstance(checked, TrainReply):
                 answers[client] = checked.arrays["message"].tobytes()
                 end = max(end, start + job.total)
         world.clock.advance(end)
         return answers
 
 
+_WAY_OUT = "`shoal run --resume DIR` tries the round again, with what was changed in DIR/config.yaml."
+
+
 def _lost(round: int, error: ShoalError) -> RunStopped:
-    return RunStopped(f"Round {round} has no sum: {error}")
+    return RunStopped(f"Round {round} has no sum: {error} {_WAY_OUT}")
 
 
 class SecureClients:
-    """The client half, at a node: a `Participant` for each of its clients in the round that is going on."""
+    """The client half, at a node: a `Participant` for each of its clients in the newest round that it was asked in.
+
+    Masks are the one thing in a run that is not drawn from its seed: a seed serves many runs and, after a resume, a
+    round twice, and whoever holds two vectors under one mask knows their difference. Masks cancel, so that no result
+    depends on them.
+    """
 
     def __init__(self, settings: SecAggPlus, seed: int, codecs: Codecs, weighted: bool):
         self.settings, self.seed, self.codecs, self.weighted = settings, seed, codecs, weighted
         self.states: dict[int, tuple[int, dict[str, bytes]]] = {}
+        self._secret = secrets.token_bytes(32)
 
     def _participant(self, client: int, round: int) -> Participant:
-        before = self.states.get(client)
-        state = before[1] if before is not None and before[0] == round else {}
-        secret = key_bytes(self.seed, "secagg", client, round)
-        return Participant(self.settings.topology, client, context(self.seed, round), secret, state)
+        newest, state = self.states.get(client, (round, {}))
+        if round < newest:
+            raise ShoalError(f"client {client} takes part in round {newest}; round {round} is closed for it")
+        secret = derive(self._secret, "participant", client, round)
+        mine = state if round == newest else {}
+        return Participant(self.settings.topology, client, context(self.seed, round), secret, mine)
 
     def answer(self, request: SecureRequest) -> dict[str, np.ndarray]:
-        """A stage's answer. Raises `ShoalError` where the participant refuses."""
+        """A stage's answer. Raises `ShoalError` where the message is malformed or the participant refuses."""
         participant = self._participant(request.client, request.round)
-        message = request.arrays["message"].tobytes()
+        message = _carried(request, "message")
         stage = request.extra.get("stage")
         if stage == KEYS:
             out = participant.advertise()
@@ -180,17 +197,33 @@ class SecureClients:
         return {"message": np.frombuffer(out, np.uint8)}
 
     def mask(self, request: TrainRequest, update: np.ndarray, examples: int) -> dict[str, np.ndarray]:
-        """What a client with ``examples`` sends of its ``update`` ``(n,)``: integers under masks."""
+        """What a client with ``examples`` sends of its ``update`` ``(n,)``: integers under masks.
+
+        Raises `ShoalError` where that can't be: the client then takes no part in the round.
+        """
         client, round = request.client, request.round
-        participant = self._participant(client, round)
+        participant, inbox = self._participant(client, round), _carried(request, "inbox")
         codec = self.codecs(round)
         # The content is part of the key: another update never gets the same rounding and noise.
         content = hashlib.sha256(update.tobytes()).hexdigest()
         rng = generator(self.seed, "secagg encoding", client, round, content)
-        encoded = codec.encode(update, examples if self.weighted else 1, rng, request.arrays)
-        masked = participant.mask(encoded, request.arrays["inbox"].tobytes())
+        try:
+            encoded = codec.encode(update, examples if self.weighted else 1, rng, request.arrays)
+        except ShoalError:  # its text may hold numbers of the update, and goes to the server
+            raise ShoalError(
+                f"client {client} takes no part in round {round}: its update or weight can't be encoded (numbers that "
+                "are not finite, or larger than secure_aggregation.clip)"
+            ) from None
+        masked = participant.mask(encoded, inbox)
         self.states[client] = (round, participant.state())
         return {MASKED: np.frombuffer(masked, codec.dtype)}
+
+
+def _carried(request: Request, name: str) -> bytes:
+    found = request.arrays.get(name)
+    if found is None or found.dtype != np.uint8:
+        raise MalformedMessage("schema", f"a {request.kind} request of secure aggregation carries the bytes {name!r}")
+    return found.tobytes()
 
 
 def make_codecs(settings: Any, guard: Any, space: Any, clients: int, max_weight: int) -> Codecs:

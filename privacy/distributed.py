@@ -6,7 +6,8 @@ rounds it to integers, adds its share of discrete noise, and masks it. The serve
     sum_i round(s R clip_C(u_i)) + sum_i noise_i  mod 2^b,    noise_i of variance (s z C)^2 / m
 
 (`privacy.discrete`; Kairouz, Liu and Steinke, arXiv 2102.06387; Agarwal, Kairouz and Liu, arXiv 2110.04995). The noise
-is planned for the ``min_cohort`` m honest clients that a sum has at least; a round with fewer is not opened.
+is planned for the ``min_cohort`` m honest clients that a sum has at least; a round with fewer is not opened. An update
+that is not finite counts as zero: a client that dropped out for it would show something of its data.
 """
 
 from __future__ import annotations
@@ -20,18 +21,21 @@ import numpy as np
 
 from clients.behaviours.base import ReplyFields
 from fl.config import setting
-from fl.errors import ConfigError
+from fl.errors import ConfigError, ShoalError
 from fl.state import ServerState, Update
 from privacy import accounting
 from privacy.accounting import Mechanism
 from privacy.base import Guard, Statement
-from privacy.client_level import RELATIONS, UNCOVERED, ClientLevel
+from privacy.client_level import UNCOVERED, ClientLevel
 from privacy.discrete import DiscreteNoise
 from privacy.secure_aggregation.codec import Codec
 
 if TYPE_CHECKING:
     from clients.adapters.space import Space
     from fl.experiment import Settings
+
+RELATION = "setting all updates of one client to zero, while it still adds its noise (who takes part is public)"
+NAMES = {"scale": "privacy.resolution", "modulus_bits": "secure_aggregation.modulus_bits"}  # of `DiscreteNoise`
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,14 @@ class DistributedGuard(Guard):
         assert isinstance(secure, SecAggPlus)
         self.privacy, self.secure, self.seed, self.clients = privacy, secure, settings.seed, len(sizes)
         self.asked = min(len(sizes), settings.sampling.asked(settings.clients.per_round or len(sizes)))
-        self.colluding = math.ceil(secure.colluding * self.asked)
-        left = self.asked - self.colluding - math.ceil(secure.dropout * self.asked)
-        self.min_cohort = max(1, left) if privacy.min_cohort is None else privacy.min_cohort
+        self.colluding, dropped = secure.topology.missing(self.asked)
+        left = self.asked - self.colluding
+        self.min_cohort = max(1, left - dropped) if privacy.min_cohort is None else privacy.min_cohort
+        if self.min_cohort > left:
+            raise ConfigError(
+                "privacy.min_cohort", self.min_cohort,
+                f"at most {left}: {self.asked} clients are asked, and {self.colluding} of them may collude",
+            )  # fmt: skip
         # The largest phase has the largest sensitivity after rounding, so it prices every round.
         self.size = max(len(space.columns(phase)) for phase in space.phases)
         self.rounds = settings.schedule.rounds
@@ -92,10 +101,21 @@ class DistributedGuard(Guard):
 
     def _plan(self, noise: float, size: int) -> DiscreteNoise:
         p = self.privacy
-        return DiscreteNoise(
-            size, p.clip, noise, p.resolution / p.clip, self.asked, self.min_cohort, self.secure.modulus_bits,
-            p.kind, p.rotate,  # type: ignore[arg-type]
-        )  # fmt: skip
+        try:
+            return DiscreteNoise(
+                size, p.clip, noise, p.resolution / p.clip, self.asked, self.min_cohort, self.secure.modulus_bits,
+                p.kind, p.rotate,  # type: ignore[arg-type]
+            )  # fmt: skip
+        except ConfigError as error:
+            name = error.key.removeprefix("privacy.")
+            if name not in NAMES:
+                raise
+            value = {"scale": p.resolution, "modulus_bits": self.secure.modulus_bits}[name]
+            raise ConfigError(
+                NAMES[name], value, f"too small or too large for noise {noise:.4g} x clip at privacy.resolution="
+                f"{p.resolution:g} ({error.allowed})",
+                "Lower privacy.resolution, or set secure_aggregation.modulus_bits=64.",
+            ) from error  # fmt: skip
 
     def codec(self, size: int, round: int) -> Codec | None:
         return NoisySum(self._plan(self.noise_multiplier, size), self.colluding, (self.seed, "rotation", round))
@@ -104,8 +124,8 @@ class DistributedGuard(Guard):
         return replace(reply, loss=None, tokens=0, examples=1)
 
     def collect(self, server: ServerState, updates: Sequence[Update], round: int, lr: float) -> list[Update]:
-        if updates:
-            self.book.grant(round, str(server.version), 1)
+        if updates and not self.book.grant(round, str(server.version), 1):
+            raise ShoalError(f"Round {round} can't be counted: the privacy budget is spent.")
         return list(updates)
 
     def stopped(self) -> str | None:
@@ -127,7 +147,7 @@ class DistributedGuard(Guard):
         }  # fmt: skip
         return Statement(
             "Distributed differential privacy (noise shares under secure aggregation)", "client",
-            RELATIONS["add-remove"], f"{self.asked} clients a round; no amplification by sampling is claimed",
+            RELATION, f"{self.asked} clients a round; no amplification by sampling is claimed",
             f"each client's whole update to L2 norm C = {p.clip:g}, rounded to steps of C/{p.resolution:g}, which "
             f"makes it {math.sqrt(plan.squared_l2) / p.resolution:.4g} C at most",
             f"{what}, {self.noise_multiplier:.4g} x C in the sum of {self.min_cohort} honest clients, each of whom "
@@ -157,7 +177,8 @@ class NoisySum(Codec):
     def encode(
         self, update: np.ndarray, weight: int, rng: np.random.Generator, arrays: Mapping[str, np.ndarray]
     ) -> np.ndarray:
-        return self.plan.encode(update, rng, *self.public)
+        finite = np.isfinite(update).all()
+        return self.plan.encode(update if finite else np.zeros_like(update), rng, *self.public)
 
     def decode(self, total: np.ndarray, clients: int) -> np.ndarray:
         return self.plan.decode(total, clients, *self.public, colluding=self.colluding) / clients

@@ -54,7 +54,7 @@ class Private:
 
     ``clip`` is C, ``noise`` the standard deviation of the gradient's noise in units of C (0: it is added elsewhere),
     ``expected`` m. ``key`` names the noise: (key, step). ``clipping`` is flat (one norm over all that trains),
-    per_layer (each tensor by itself) or per_adapter (the factors of a module together, the head together).
+    per_layer (each tensor by itself) or per_adapter (the tensors of an adapted layer together, the head's together).
     """
 
     clip: float
@@ -123,11 +123,13 @@ def clipping_groups(cohort: Cohort, clipping: str) -> list[list[str]]:
         return [names]
     if clipping == "per_layer":
         return [[name] for name in names]
-    groups: dict[str, list[str]] = {}
+    owner: dict[str, int] = {}
+    for place, (_, _, layer) in enumerate(cohort.swaps):
+        for name in layer.names.values():
+            owner.setdefault(name, place)  # a tensor that layers share is the first one's
+    groups: dict[int, list[str]] = {}
     for name in names:
-        module = cohort.space.of_tensor.get(name)
-        role = cohort.space.groups[cohort.space.layout.names.index(name)]
-        groups.setdefault(module.name if module is not None else role, []).append(name)
+        groups.setdefault(owner[name], []).append(name)
     return list(groups.values())
 
 

@@ -19,7 +19,8 @@ answers a stage once, and only if at least t neighbours are in the sum. So a vec
 client's mask key was rebuilt, stays hidden by ``b_i``.
 
 Honest but curious: everybody keeps to the protocol, and the server may pool what it sees with up to t - 1 neighbours of
-each client. A server that lies (other sets to different clients, keys of its own) is outside; so are clients that do.
+each client, as long as the graph of the others in the sum is connected. A server that lies (other sets to different
+clients, keys of its own) is outside; so are clients that do.
 """
 
 from __future__ import annotations

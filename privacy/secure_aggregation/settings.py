@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from fl.config import setting
 from fl.errors import ConfigError
+from fl.sampling import Poisson
+from privacy.example_level import check_start
 from privacy.secure_aggregation.codec import Codec, Fixed
 from privacy.secure_aggregation.graph import Topology
 
@@ -74,13 +77,34 @@ class SecAggPlus(SecureAggregation):
         if settings.evaluation.aggregation_error:
             allowed = "false with secure_aggregation=secagg: single updates are not known"
             raise ConfigError("evaluation.aggregation_error", True, allowed)
-        most = settings.clients.per_round or settings.clients.number
-        if most is not None:
-            self.topology.plan(most)
+        check_start(settings.adapter.initialisation, "private")  # its statistics are sent in the clear
+        self._check_sampling(settings)
+
+    def _check_sampling(self, settings: Settings) -> None:
+        sampling = settings.sampling
+        if isinstance(sampling, Poisson):
+            allowed = "fixed or available with secure_aggregation=secagg, which plans for a known number of clients"
+            raise ConfigError("sampling", "poisson", allowed)
+        late = sampling.over_selection / (1 + sampling.over_selection)
+        if late > self.dropout:
+            raise ConfigError(
+                "sampling.over_selection", sampling.over_selection,
+                f"at most what secure_aggregation.dropout={self.dropout:g} allows: those who are not among the first "
+                f"drop out, which are {late:.0%} of the clients asked",
+                f"Set secure_aggregation.dropout={math.ceil(late * 100) / 100:g} or more.",
+            )  # fmt: skip
+        number = settings.clients.number
+        per_round = settings.clients.per_round or number
+        if per_round is not None:
+            asked = sampling.asked(per_round)
+            self.topology.plan(asked if number is None else min(number, asked))
 
     def statement(self) -> str:
         t = self.topology
         return (
-            "Secure aggregation (SecAgg+): the server saw sums of updates over the clients of a round, never a single "
-            f"one, if it keeps to the protocol and at most {t.colluding:.0%} of the clients collude with it."
+            "Secure aggregation (SecAgg+): of the updates the server saw sums over the clients of a round, never a "
+            f"single one, if it keeps to the protocol and at most {t.colluding:.0%} of the clients collude with it. "
+            "What a sum shows is shown. It also saw who took part when, each client's number of local steps (with "
+            "local.epochs that tells how many examples it has, to within a batch), and evaluations on clients' own "
+            "held-out examples."
         )

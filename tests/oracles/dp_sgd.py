@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from opacus.grad_sample import GradSampleModule
@@ -21,6 +21,7 @@ from tests.oracles.models import tiny
 class Opacus:
     """One client: PEFT's model in `GradSampleModule`, a torch optimiser in `DPOptimizer` (or its per-layer form).
 
+    The adapter's tensors start as ``whole``; those of ``names`` train.
     ``clip`` is C, of which every tensor gets ``C / sqrt(K)`` where ``per_layer``. Losses are summed over the samples, so
     that a sample's gradient is that of its own loss, and the divisor is the expected batch.
     """
@@ -29,6 +30,7 @@ class Opacus:
         self,
         family: str,
         adapter: Adapter,
+        whole: Mapping[str, Tensor],
         names: Sequence[str],
         clip: float,
         noise: float,
@@ -40,7 +42,9 @@ class Opacus:
     ):
         base, targets = tiny(family, dtype=dtype)
         self.task, model = base.task, adapter.attach(base, targets, seed=1).to(dtype)
-        for name, parameter in model.named_parameters():  # what does not train in this phase
+        for name, parameter in model.named_parameters():
+            if name in whole:
+                parameter.data.copy_(whole[name])
             parameter.requires_grad_(name in names)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert list(self.parameters) == list(names)

@@ -315,3 +315,12 @@ def test_killed_and_resumed_ends_the_same(tmp_path):
     killed_at(int(0.7 * count), tmp_path / "run", *words)
     resume(tmp_path / "run", shared=SHARED, quiet=True)
     same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_goes_on_where_nobody_answers(tmp_path):
+    """A round in which every reply is bad: to stop over it would tell. All that moves is noise."""
+    bad = ("attack=faulty", "attack.kind=nan", "attack.fraction=1", "sampling=poisson")
+    go(tmp_path / "run", "privacy=central", UNIFORM, "schedule.rounds=3", *bad)
+    found = rounds(tmp_path / "run")
+    assert [event["accepted"] for event in found] == [0, 0, 0] and 2.9 < final(tmp_path / "run")["epsilon"] <= 3.0
+    assert all(event["update_norm"] > 0 for event in found)

@@ -38,7 +38,7 @@ def test_at_the_epsilon_the_hockey_stick_divergence_is_delta(p, q, delta):
 @pytest.mark.parametrize(
     ("p", "q"), [((1, 1), (0, 1)), ((-1, 1), (0, 1)), ((-12, 0.5), (0, 1)), ((12, 0.5), (0, 1)), ((0, 1), (1, 0.5))]
 )
-@pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize("share", [0.16, 0.5, 1.0])  # 0.16: where the narrow one is the larger
 def test_each_order_is_the_divergence_by_its_definition(p, q, share):
     """Each order by itself, deep tails included (the larger of the two would hide an error in the other)."""
     epsilon = share * gaussian_epsilon(*p, *q, 1e-3)

@@ -192,7 +192,7 @@ def test_what_a_server_holds_and_sees_is_uniform_but_for_zeros():
     check = NormCheck(64, 1000)
     x = np.full(64, 100)
     opened, explicit = [], []
-    for k in range(400):
+    for k in range(200):
         messages = check.prove(x, key_bytes("uniform", k), "r", 3)
         explicit.append(np.frombuffer(messages[1][96:], "<u8")[:64])
         openings = [np.frombuffer(check.open(s, m, "r", 3, QUERY)[1][96:], "<u8") for s, m in enumerate(messages)]
