@@ -328,7 +328,7 @@ class Cohort:
             yield slots, places, losses.detach(), found
 
     def sample_gradients(self, states: Tensor, batch: CohortBatch) -> tuple[Tensor, Tensor]:
-        """Losses ``(S, B)`` and gradients ``(S, B, d)`` of each sample by itself (weight one); 0 for padding samples."""
+        """Losses ``(S, B)`` and gradients ``(S, B, d)`` of each sample by itself (weight one); 0 for padding."""
         losses = states.new_zeros(batch.weights.shape)
         grads = states.new_zeros(*batch.weights.shape, states.shape[-1])
         for slots, places, loss, grad in self.each_sample(states, batch):

@@ -17,12 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from clients.cohort import Cohort, CohortBatch
 from clients.data.batch import Batch
 from clients.data.cache import cache_root
 from clients.local.optimizers import Optimizer
+from clients.local.private import Private, gradients
+from clients.local.training import Work
 from clients.pool import Pool, available
 from clients.trainer import Plan
 from fl.config import setting
@@ -60,12 +63,16 @@ class Resources:
 
 @dataclass
 class Probe:
-    """What is measured: ``make(dtype, attention, device)`` builds a cohort, ``batches`` are typical client batches."""
+    """What is measured: ``make(dtype, attention, device)`` builds a cohort, ``batches`` are typical client batches.
+
+    ``private`` says how gradients are made private; None: not at all.
+    """
 
     make: Callable[[torch.dtype, str, str], Cohort]
     batches: Sequence[Batch]
     optimizer: Optimizer
     accumulation: int = 1
+    private: Private | None = None
 
     def __post_init__(self) -> None:
         self.built: dict[tuple[str, str, str], Cohort] = {}
@@ -87,13 +94,14 @@ class Probe:
         states = state.to(cohort.device).repeat(slots, 1)
         memory, lr = self.optimizer.init(states), torch.full((slots, 1), 1e-4, device=cohort.device)
         picked = [self.batches[i % len(self.batches)] for i in range(slots)]
+        works = [Work(i, 0, np.zeros(0), [], 0.0, private=self.private) for i in range(slots)]
         best, began = float("inf"), time.perf_counter()
         for step in range(1, repeats + 2):
             if step > 2 and time.perf_counter() - began > LONG_S:
                 break
             start = time.perf_counter()
             batch = CohortBatch.of(picked, device=cohort.device)
-            _, grads = cohort.gradients(states, batch, self.accumulation)
+            _, grads = gradients(cohort, states, batch, works, step, self.accumulation)
             self.optimizer.step(states, grads, memory, step, lr)
             if cohort.device.type == "cuda":
                 torch.cuda.synchronize(cohort.device)

@@ -23,6 +23,7 @@ from clients.data.federated import FederatedData, federate
 from clients.data.partition import Partition
 from clients.data.source import Source
 from clients.data.tokens import TokenData
+from clients.local.private import Private
 from clients.local.training import LocalTraining
 from clients.models import Base, ModelSpec
 from clients.prefix import PrefixCache, first_adapted_layer
@@ -206,11 +207,15 @@ class Experiment:
         s = self.settings
         parts = sorted(self.data.parts, key=len, reverse=True)
         typical = [s.local.batches(s.seed, c, 0, part)[0] for c, part in enumerate(parts[: min(16, self.per_round)])]
+        private = None
+        if s.privacy.unit == "example":
+            clipping = getattr(s.privacy, "clipping", "flat")
+            private = Private(1.0, 1.0, s.local.batch_size, ("probe",), clipping)
         probe = tuning.Probe(
-            self.cohort, [self.data.train.batch(b) for b in typical], s.local.optimizer, s.local.accumulation
+            self.cohort, [self.data.train.batch(b) for b in typical], s.local.optimizer, s.local.accumulation, private
         )
         shape = [s.model.fingerprint(), s.adapter, s.local.batch_size, s.local.accumulation, s.data.max_length]
-        self.plan = tuning.choose(s.engine, probe, self.per_round, [*shape, s.local.optimizer], self.note)
+        self.plan = tuning.choose(s.engine, probe, self.per_round, [*shape, s.local.optimizer, private], self.note)
         return self.plan
 
     @cached_property

@@ -36,6 +36,7 @@ from fl.messages import (
 )
 from fl.secure import SecureClients
 from fl.statistic import sums
+from privacy.audit.log import log_of
 from privacy.base import BudgetSpent, Guard
 
 
@@ -142,6 +143,9 @@ class Node:
         return Work(request.client, request.round, start, batches, lr, memory, groups, base, shared, private)
 
     def _reply(self, request: TrainRequest, work: Work, fit: Fit, message: Message) -> Message | None:
+        log = log_of(self.guard)
+        if log is not None and fit.audit is not None and work.private is not None:
+            log.add(work.private.key, fit.audit)
         kept = self.memories.get(request.client)
         if fit.memory or kept is not None:
             again = kept is not None and kept.round == request.round

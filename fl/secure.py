@@ -188,6 +188,9 @@ class SecureClients:
         if stage == KEYS:
             out = participant.advertise()
         elif stage == SHARES:
+            number, most = int.from_bytes(message[:4], "little"), self.codecs(request.round).most
+            if number > most:
+                raise ShoalError(f"a roster of {number} clients is not what the sum is planned for, {most} at most")
             out = participant.share(message)
         elif stage == UNMASK:
             out = participant.unmask(message)

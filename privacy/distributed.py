@@ -172,7 +172,7 @@ class NoisySum(Codec):
     def __init__(self, plan: DiscreteNoise, colluding: int, public: tuple[int | str, ...]):
         self.plan, self.colluding, self.public = plan, colluding, public
         self.least = plan.min_cohort + colluding  # with fewer, the sum would have less noise than is claimed
-        self.length, self.dtype = plan.padded, np.dtype(f"<u{plan.modulus_bits // 8}")
+        self.most, self.length, self.dtype = plan.clients, plan.padded, np.dtype(f"<u{plan.modulus_bits // 8}")
 
     def encode(
         self, update: np.ndarray, weight: int, rng: np.random.Generator, arrays: Mapping[str, np.ndarray]

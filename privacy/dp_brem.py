@@ -59,7 +59,7 @@ class DPBREM(Privacy):
     )
     record_clip: float = setting(1.0, gt=0, help="R: L2 norm that each example's gradient is clipped to")
     client_clip: float | None = setting(
-        0.5, gt=0, help="C: L2 norm that a momentum's distance from the centre is clipped to; null: none, a plain mean"
+        0.5, gt=0, help="C: L2 norm that a momentum's distance from the centre is clipped to; null: not, a plain mean"
     )
     rate: float = setting(0.05, gt=0, le=1, help="p: probability that an example is in a round's batch")
     accountant: str = setting("rdp", choices=ACCOUNTANTS, help="prv and pld: only with local.beta=0")
@@ -150,7 +150,9 @@ class DPBREMGuard(example_level.ExampleGuard):
         if not updates:
             return []
         ordered = in_client_order(updates)
-        momenta = [update.vector.astype(np.float64) / -lr for update in ordered]  # (n,) each
+        # A longer momentum is no honest one; added as it is, an absurd one would swallow the noise in rounding.
+        longest = self.privacy.record_clip / self.privacy.rate
+        momenta = [clipped(update.vector / np.float64(-lr), longest) for update in ordered]  # (n,) each
         centre = server.extra.get(CENTRE, np.zeros(len(momenta[0])))
         # The same sum with other clients' replies gets other noise, or their difference would be free of it.
         content = hashlib.sha256(centre.tobytes())

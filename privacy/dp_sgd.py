@@ -21,6 +21,7 @@ from fl.config import setting
 from fl.errors import ConfigError
 from privacy import accounting, example_level
 from privacy.accounting import ACCOUNTANTS, Mechanism, SampledGaussian
+from privacy.audit.log import ExampleLog, room
 from privacy.base import Guard, Privacy, Statement
 from privacy.ledger import Book, spent, steps_within
 
@@ -55,7 +56,9 @@ class DPSGD(Privacy):
     participations: int | None = setting(None, ge=1, help="rounds of a client that the noise is for; null: all")
     accountant: str = setting("rdp", choices=ACCOUNTANTS, help="how steps are composed")
     paper: str | None = setting(None, choices=[None, *PAPERS], help="whose way of counting is printed beside ours")
-    audit: bool = setting(False, help="plant canaries and measure a lower bound on epsilon (see `shoal audit`)")
+    audit: bool = setting(False, help="plant canaries at one client and measure a lower bound on its epsilon")
+    audit_canaries: int = setting(1000, ge=32, help="canaries of the audit, at most the trained scalars less 64")
+    audit_client: int | None = setting(None, ge=0, help="client that is audited; null: one of the largest epsilon")
 
     def __post_init__(self) -> None:
         if self.epsilon is None and self.noise_multiplier is None:
@@ -68,7 +71,21 @@ class DPSGD(Privacy):
         example_level.check(settings)
 
     def guard(self, settings: Settings, sizes: Sequence[int], space: Space) -> Guard:
-        return DPSGDGuard(self, settings, sizes)
+        guard = DPSGDGuard(self, settings, sizes)
+        if self.audit:
+            guard.audit = self._log(guard, settings, space)
+        return guard
+
+    def _log(self, guard: DPSGDGuard, settings: Settings, space: Space) -> ExampleLog:
+        """The log of the client that is audited. Raises `ConfigError` where there is none, or no room for canaries."""
+        client = self.audit_client
+        if client is None:
+            client = max(guard.books, key=lambda c: (guard.planned(c), -c))
+        elif client not in guard.books:
+            raise ConfigError("privacy.audit_client", client, f"one of the clients 0 to {len(guard.books) - 1}")
+        rounds = range(1, settings.schedule.rounds + 1)
+        canaries = room(self.audit_canaries, min(len(space.columns(space.trains(r), client)) for r in rounds))
+        return ExampleLog(settings.seed, canaries, guard.rates[client], client)
 
 
 class DPSGDGuard(example_level.ExampleGuard):
@@ -93,6 +110,13 @@ class DPSGDGuard(example_level.ExampleGuard):
             raise ConfigError("privacy.noise_multiplier", privacy.noise_multiplier, allowed, way_out)
         # Of the gradient alone, where clipping adapts: a part of the budget is the count's.
         self.noises = [self._gradient_noise(book) for book in books]
+
+    def planned(self, client: int) -> float:
+        """The epsilon that ``client`` comes to if it takes part as often as it may."""
+        book = self.books[client]
+        most = self.local.num_steps(self.sizes[client]) * self.participations
+        steps = most if book.limit is None else min(most, book.limit)
+        return spent((*book.once, book.running.of(steps)), book.delta, book.accountant)
 
     def _gradient_noise(self, book: Book) -> float:
         noise = book.running.noise_multiplier

@@ -16,11 +16,12 @@ import numpy as np
 from clients.adapters.initial.base import DataDriven, Initialisation
 from clients.behaviours.base import ReplyFields
 from clients.local.dylora import DyLoRA
-from clients.local.private import Private
+from clients.local.private import Canaries, Private
 from clients.local.training import LocalTraining
 from fl.errors import ConfigError
 from fl.keys import generator
 from privacy.accounting import Mechanism, SampledGaussian
+from privacy.audit.log import SPARE, ExampleLog
 from privacy.base import BudgetSpent, Guard, Job, Statement
 from privacy.ledger import Book
 
@@ -86,7 +87,12 @@ def poisson_batches(steps: int, rate: float, examples: np.ndarray, *key: int | s
 
 
 class ExampleGuard(Guard):
-    """Poisson batches and one `Book` for each client; subclasses say how a gradient is made private."""
+    """Poisson batches and one `Book` for each client; subclasses say how a gradient is made private.
+
+    ``audit`` is the log of an audited run: one client's jobs then have canaries, sampled as its examples are.
+    """
+
+    audit: ExampleLog | None = None
 
     def __init__(self, seed: int, local: LocalTraining, rates: Sequence[float], books: Sequence[Book]):
         self.seed, self.local, self.rates = seed, local, list(rates)
@@ -96,15 +102,20 @@ class ExampleGuard(Guard):
         raise NotImplementedError
 
     def job(self, client: int, round: int, fingerprint: str, examples: np.ndarray, memory: dict) -> Job | None:
-        steps = self.local.num_steps(len(examples))
-        granted = self.books[client].grant(round, fingerprint, steps)
+        book = self.books[client]
+        granted = book.grant(round, fingerprint, self.local.num_steps(len(examples)))
         if granted == 0:
-            book = self.books[client]
             raise BudgetSpent(f"client {client} has taken all {book.limit} steps that its budget allows")
-        # The content is part of the key: two different questions never get the same noise.
-        key: tuple[int | str, ...] = (self.seed, "private", client, round, fingerprint)
+        # Two different questions never get the same noise. Which of a round's it is says so, not its content: states
+        # that differ by rounding, as those of two cohort sizes do, shall not differ by all their noise.
+        key: tuple[int | str, ...] = (self.seed, "private", client, round, book.attempt)
         batches = poisson_batches(granted, self.rates[client], examples, *key)
-        return Job(batches, self.private(client, key, memory))
+        private = self.private(client, key, memory)
+        if self.audit is not None and client == self.audit.client:
+            planted = np.flatnonzero(self.audit.included)
+            taken = poisson_batches(granted, self.rates[client], planted, *key, "canaries")
+            private.canaries = Canaries(self.audit.canaries, SPARE, taken, (self.seed, "audit coordinates"))
+        return Job(batches, private)
 
     def release(self, reply: ReplyFields, columns: np.ndarray) -> ReplyFields:
         # Loss and tokens come from the drawn examples without noise. The number of examples is public here.
@@ -116,11 +127,14 @@ class ExampleGuard(Guard):
         return None
 
     def state(self) -> dict:
-        return {str(client): book.state() for client, book in self.books.items()}
+        books = {str(client): book.state() for client, book in self.books.items()}
+        return books if self.audit is None else {**books, "audit": self.audit.state()}
 
     def restore(self, state: dict) -> None:
         for client, book in self.books.items():
             book.restore(state[str(client)])
+        if self.audit is not None:
+            self.audit.restore(state["audit"])
 
     @property
     def epsilon(self) -> float | None:
@@ -131,7 +145,8 @@ class ExampleGuard(Guard):
         return [
             {
                 "client": client, "examples": sizes[client], "rate": self.rates[client], "steps": book.steps,
-                "limit": book.limit, "mechanism": book.running.of(book.steps).describe(), "delta": book.delta,
+                "limit": book.limit, "delta": book.delta,
+                "mechanism": "; ".join(m.describe() for m in (*book.once, book.running.of(book.steps))),
                 "epsilon": book.epsilon,
             }
             for client, book in self.books.items()

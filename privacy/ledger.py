@@ -32,7 +32,7 @@ class Book:
     once: tuple[Mechanism, ...] = ()
     limit: int | None = None
     steps: int = 0
-    newest: dict[str, Any] = field(default_factory=dict)  # the last job: its round, fingerprint, and steps granted
+    newest: dict[str, Any] = field(default_factory=dict)  # the last job: its round, fingerprint, attempt, steps granted
 
     def grant(self, round: int, fingerprint: str, steps: int) -> int:
         """How many of the ``steps`` of a job the budget allows; books them. 0: none is left.
@@ -47,9 +47,15 @@ class Book:
             raise ShoalError(f"round {round} is older than the client's newest job: its books are closed")
         granted = steps if self.limit is None else max(0, min(steps, self.limit - self.steps))
         if granted:
-            self.newest = {**job, "steps": granted}
+            again = bool(self.newest) and self.newest["round"] == round
+            self.newest = {**job, "steps": granted, "attempt": self.attempt + 1 if again else 0}
             self.steps += granted
         return granted
+
+    @property
+    def attempt(self) -> int:
+        """How many jobs with other content the newest one's round had before it: two never get the same noise."""
+        return int(self.newest.get("attempt", 0))
 
     @property
     def epsilon(self) -> float:

@@ -18,7 +18,7 @@ import torch
 
 from clients.cohort import Cohort
 from clients.local.optimizers import SGD, Optimizer
-from clients.local.training import Fit, LocalTraining, MakeBatch, Work, clip_rows, kept
+from clients.local.training import Fit, LocalTraining, MakeBatch, Work, audited, clip_rows, kept
 from fl.config import setting
 from fl.errors import ConfigError
 
@@ -73,5 +73,5 @@ class ClientMomentum(LocalTraining):
             momentum = np.float32(self.beta) * old + np.float32(1 - self.beta) * fresh[s]
             sent = np.float32(-work.lr) * momentum
             memory = kept(work) | {MOMENTUM: momentum}
-            fits.append(Fit(work.client, start[s] + sent, losses[s], 1, int(tokens[s]), memory, sent))
+            fits.append(Fit(work.client, start[s] + sent, losses[s], 1, int(tokens[s]), memory, sent, audited(work)))
         return fits

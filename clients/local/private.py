@@ -22,21 +22,24 @@ noise multiplier z if the gradient's own is ``(z^-2 - (2 s_b)^-2)^(-1/2)`` (thei
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from clients.cohort import Cohort, CohortBatch
-from fl.keys import Part, torch_generator
+from clients.cohort import SAMPLE_SCALARS, Cohort, CohortBatch
+from fl.keys import Part, generator, torch_generator
 
 if TYPE_CHECKING:
     from clients.local.training import Work
 
 CLIPPING = ("flat", "per_layer", "per_adapter")
+RAW = 100.0  # length of a canary's gradient before clipping, in units of C
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,27 @@ class AdaptiveClip:
     quantile: float
     rate: float
     noise: float
+
+
+@dataclass
+class Canaries:
+    """Made-up samples of an audited job (`privacy.audit`): each has a gradient along a coordinate of its own.
+
+    It is `RAW` times as long as C and passes what a sample's gradient passes. ``taken`` are the canaries in each step's
+    batch, of ``number``; ``spare`` further coordinates belong to none; ``key`` names the draw of them all. `gradients`
+    adds a row to ``seen`` in every step: what it released at the canaries' coordinates and then at the spare ones, in
+    units of what one canary adds.
+    """
+
+    number: int
+    spare: int
+    taken: list[np.ndarray]
+    key: tuple[Part, ...]
+    seen: list[np.ndarray] = field(default_factory=list)
+
+    def coordinates(self, own: np.ndarray) -> np.ndarray:
+        """Those of the canaries and the spare ones, ``(number + spare,)``, among the columns that the client ``own``s."""
+        return own[generator(*self.key, len(own)).choice(len(own), self.number + self.spare, replace=False)]
 
 
 @dataclass
@@ -63,6 +87,7 @@ class Private:
     key: tuple[Part, ...]
     clipping: str = "flat"
     adaptive: AdaptiveClip | None = None
+    canaries: Canaries | None = None
 
 
 def gradients(
@@ -86,7 +111,8 @@ def gradients(
     sums = cohort.layout.views(total)
     losses = torch.zeros(len(own), dtype=torch.float64, device=params.device)
     within = torch.zeros_like(clip)  # samples whose norm is C at most, less half of all
-    for slots, _, loss, grads in cohort.each_sample(params, batch, parts):
+    samples = itertools.chain(cohort.each_sample(params, batch, parts), _canaries(cohort, works, step, params))
+    for slots, _, loss, grads in samples:
         norms = group_norms(grads, groups)  # (n, K)
         bound = clip[slots, None] / math.sqrt(len(groups))
         # A sample whose gradient is not finite counts for nothing: no clipping would bound it.
@@ -112,6 +138,11 @@ def gradients(
         if job.adaptive is not None:
             job.clip = _next_clip(job, float(within[slot]), step)
     _own_columns(cohort, works, total)
+    for slot, (work, job) in enumerate(zip(works, own, strict=True)):
+        if job.canaries is not None:
+            one = clip[slot] / math.sqrt(len(groups)) / job.expected
+            where = torch.from_numpy(job.canaries.coordinates(_owned(cohort, work.client)))
+            job.canaries.seen.append((total[slot].cpu()[where] / one.cpu()).numpy())
     counts = torch.tensor(batch.counts, dtype=torch.float64, device=params.device).clamp(min=1)
     return losses / counts, total
 
@@ -152,13 +183,41 @@ def _next_clip(job: Private, within: float, step: int) -> float:
     return job.clip * math.exp(-job.adaptive.rate * (share - job.adaptive.quantile))
 
 
+def _canaries(
+    cohort: Cohort, works: Sequence[Work], step: int, params: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
+    """The canaries in this step's batches, as `Cohort.each_sample` yields samples; their loss is 0."""
+    most = max(1, SAMPLE_SCALARS // max(1, cohort.layout.size))
+    for slot, work in enumerate(works):
+        job = work.private
+        if job is None or job.canaries is None:
+            continue
+        where = job.canaries.coordinates(_owned(cohort, work.client))
+        lengths = np.full(job.canaries.number, RAW * job.clip)
+        if job.adaptive is not None:
+            lengths[::2] = 0.99 * job.clip  # half of them within C: their count leaves it where it is
+        taken = job.canaries.taken[step]
+        for part in (taken[low : low + most] for low in range(0, len(taken), most)):
+            flat = params.new_zeros(len(part), cohort.layout.size)
+            flat[torch.arange(len(part)), torch.from_numpy(where[part])] = params.new_tensor(lengths[part])
+            slots = torch.full((len(part),), slot, device=params.device)
+            yield slots, torch.from_numpy(part), params.new_zeros(len(part)), cohort.layout.views(flat)
+
+
 def _own_columns(cohort: Cohort, works: Sequence[Work], total: Tensor) -> None:
     """No noise where a client of a lower rank owns nothing: it would raise the client's rank."""
     if not cohort.space.mixed:
         return
-    spans, trained = cohort.space.spans, cohort.layout.names
     for slot, work in enumerate(works):
-        mask = torch.zeros(cohort.space.layout.size, dtype=torch.bool)
-        mask[torch.from_numpy(cohort.space.columns(None, work.client).copy())] = True
-        mine = torch.cat([mask[slice(*spans[name])] for name in trained]).to(total.device)
-        total[slot] = torch.where(mine, total[slot], 0.0)
+        mine = torch.zeros(cohort.layout.size, dtype=torch.bool)
+        mine[torch.from_numpy(_owned(cohort, work.client))] = True
+        total[slot] = torch.where(mine.to(total.device), total[slot], 0.0)
+
+
+def _owned(cohort: Cohort, client: int) -> np.ndarray:
+    """The columns of ``cohort.layout``, which holds what trains, that are the client's own: ``(n,)``, rising."""
+    if not cohort.space.mixed:
+        return np.arange(cohort.layout.size)
+    spans, mask = cohort.space.spans, np.zeros(cohort.space.layout.size, dtype=bool)
+    mask[cohort.space.columns(None, client)] = True
+    return np.flatnonzero(np.concatenate([mask[slice(*spans[name])] for name in cohort.layout.names]))

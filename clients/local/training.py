@@ -48,7 +48,8 @@ class Work:
 @dataclass
 class Fit:
     """What a job gives: the new state ``(n,)`` of the tensors that trained, whole, the mean loss over its steps, the
-    work done, the memory to keep. ``sent`` ``(n,)`` is what the client sends, where that is not its change of state."""
+    work done, the memory to keep. ``sent`` ``(n,)`` is what the client sends, where that is not its change of state;
+    ``audit`` ``(steps, k)`` is what the canaries of an audited job saw (`clients.local.private.Canaries`)."""
 
     client: int
     state: np.ndarray
@@ -57,6 +58,7 @@ class Fit:
     tokens: int
     memory: Memory = field(default_factory=dict)
     sent: np.ndarray | None = None
+    audit: np.ndarray | None = None
 
 
 # Builds the cohort's batch of one step for the slots that are still active: (slot indices, step) -> batch.
@@ -178,7 +180,8 @@ class LocalTraining:
         mean = (losses.cpu() / torch.tensor(counts, dtype=torch.float64)).tolist()
         final = params.cpu().numpy()
         return [
-            Fit(w.client, final[s].copy(), mean[s], counts[s], tokens[s], kept(w)) for s, w in enumerate(works)
+            Fit(w.client, final[s].copy(), mean[s], counts[s], tokens[s], kept(w), audit=audited(w))
+            for s, w in enumerate(works)
         ]
 
 
@@ -187,6 +190,12 @@ def kept(work: Work) -> Memory:
     if work.private is None or work.private.adaptive is None:
         return work.memory
     return work.memory | {CLIP: np.array([work.private.clip])}
+
+
+def audited(work: Work) -> np.ndarray | None:
+    """What the canaries of an audited job saw, a row for each step."""
+    canaries = None if work.private is None else work.private.canaries
+    return None if canaries is None else np.stack(canaries.seen)
 
 
 def clip_rows(grads: Tensor, clip_norm: float) -> Tensor:

@@ -107,17 +107,22 @@ def lower_bound(
     order = shuffled[np.argsort(scores[shuffled], kind="stable")]
     truth = included[order]  # by score, lowest first
     error = (1 - confidence) / len(pairs)
-    best, evidence, ceiling = -1.0, "", 0.0
+    best, evidence = -1.0, ""
     for k_in, k_out in pairs:
         made = k_in + k_out
         right = int(truth[canaries - k_in :].sum() + (~truth[:k_out]).sum())
         epsilon = largest_epsilon(canaries, made, right, delta, error)
-        ceiling = max(ceiling, largest_epsilon(canaries, made, made, delta, error))
         if epsilon > best:
             best, evidence = epsilon, f"{canaries} canaries, {right} of {made} guesses right"
     if len(pairs) > 1:
         evidence += f", the best of {len(pairs)} numbers of guesses, corrected for the choice"
-    return Bound(best, delta, confidence, ceiling, "one-run audit", evidence)
+    return Bound(best, delta, confidence, ceiling(canaries, pairs, delta, confidence), "one-run audit", evidence)
+
+
+def ceiling(canaries: int, guesses: Sequence[Guesses], delta: float, confidence: float = 0.95) -> float:
+    """The bound of an attack that makes each of the numbers of ``guesses`` without a mistake."""
+    error = (1 - confidence) / len(guesses)
+    return max(largest_epsilon(canaries, sum(pair), sum(pair), delta, error) for pair in guesses)
 
 
 def _pairs(guesses: Guesses | Sequence[Guesses] | None, canaries: int) -> list[Guesses]:

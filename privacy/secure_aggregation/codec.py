@@ -17,10 +17,12 @@ from privacy.secure_aggregation.quantise import Quantiser, finest_scale
 class Codec(ABC):
     """``length`` integers of ``dtype`` (uint32 or uint64) for an update of ``size`` numbers.
 
-    A sum of fewer than ``least`` clients is not unmasked.
+    A sum of fewer than ``least`` clients is not unmasked; ``most`` is how many it is planned for, beyond which it could
+    wrap around.
     """
 
     least: int = 1
+    most: int
     length: int
     dtype: np.dtype
 
@@ -44,7 +46,7 @@ class Fixed(Codec):
     def __init__(self, size: int, clip: float, clients: int, max_weight: int, modulus_bits: int, scale: float | None):
         scale = scale or finest_scale(clip, clients, max_weight, modulus_bits)
         self.quantiser = Quantiser(clip, clients, scale, max_weight, modulus_bits)
-        self.length, self.dtype = size + 1, self.quantiser.dtype
+        self.length, self.dtype, self.most = size + 1, self.quantiser.dtype, clients
 
     def encode(
         self, update: np.ndarray, weight: int, rng: np.random.Generator, arrays: Mapping[str, np.ndarray]

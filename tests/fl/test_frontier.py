@@ -69,11 +69,11 @@ def lines_of(folder: Path):
 
 def test_a_line_is_a_choice_of_the_other_settings_with_its_points_by_epsilon(sweep):
     lines = lines_of(sweep)
-    assert [line.name for line in lines] == ["adapter=lora", "adapter=ffa"]
+    assert [line.name for line in lines] == ["adapter=ffa", "adapter=lora"]
     assert [[epsilon for epsilon, _ in line.points] for line in lines] == [[0.5, 1.0, 4.0]] * 2
     runs = load_all([sweep]).runs
     mine = [r.numbers["accuracy"] for r in runs if r.axes["adapter"] == "ffa" and r.axes["privacy.epsilon"] == 1]
-    point = lines[1].points[1][1]
+    point = lines[0].points[1][1]
     assert point.statistics("accuracy") == (
         3,
         pytest.approx(statistics.mean(mine)),
@@ -91,7 +91,7 @@ def test_a_point_stands_at_what_was_spent_and_not_at_the_target(tmp_path):
 
 def test_there_is_no_frontier_without_two_epsilons(tmp_path):
     assert lines_of(write_sweep(tmp_path / "none", {"adapter.rank": [2, 4, 8], "seed": [0]})) == []
-    one = claim(write_sweep(tmp_path / "one", {"adapter": ["lora", "ffa"], "seed": [0]}, epsilon=2.0))
+    one = claim(write_sweep(tmp_path / "one", {"privacy.epsilon": [2], "adapter": ["lora", "ffa"], "seed": [0]}))
     assert lines_of(one) == []
     assert frontier_card(group(load_all([one]).runs), "accuracy") == (None, None)
 
@@ -136,7 +136,7 @@ def test_a_marker_s_area_is_the_traffic_of_a_run(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     folder = claim(write_sweep(tmp_path, {"privacy.epsilon": [1, 2], "adapter": ["lora", "ffa"], "seed": [0]}))
-    for name in "13":
+    for name in "13":  # ffa, which is the first line
         edit(folder / name, lambda info: info["final"].update(bytes_up=STATE_BYTES, bytes_down=0))
     areas: dict[str, list[float]] = {}
     scatter = Axes.scatter
@@ -148,12 +148,12 @@ def test_a_marker_s_area_is_the_traffic_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "scatter", watched)
     lines = lines_of(folder)
     picture = frontier_picture(lines, "accuracy")
-    large, small = areas.values()
+    small, large = areas.values()
     traffic = [
         line.points[0][1].statistics("bytes_up")[1] + line.points[0][1].statistics("bytes_down")[1] for line in lines
     ]
-    assert traffic[1] == STATE_BYTES and traffic[0] > 10 * STATE_BYTES
-    assert large[0] == large[1] and small[0] == small[1] == max(SMALLEST, large[0] * traffic[1] / traffic[0])
+    assert traffic == [STATE_BYTES, 100 * STATE_BYTES]
+    assert large[0] == large[1] and small[0] == small[1] == max(SMALLEST, large[0] / 100)
     assert "29.8 MB a run" in picture.svg and "298 kB a run" in picture.svg
 
 
@@ -256,7 +256,7 @@ def test_a_value_is_chosen_for_each_variant_at_each_epsilon(variants):
     assert [(r.variant, r.settings["privacy.epsilon"]) for r in made.tuned] == [
         ("fine", 1), ("poor", 1), ("fine", 4), ("poor", 4),
     ]  # fmt: skip
-    assert [r.value for r in made.tuned] == [0.2, 0.2, 0.2, 0.2] or [r.value for r in made.tuned][:2] == [0.2, 0.2]
+    assert [r.value for r in made.tuned if r.settings["privacy.epsilon"] == 1] == [0.2, 0.2]
     _, lines = grid_table(made)
     assert [line[0][0] for line in lines] == [r.name for r in made.tuned]
     chosen = [[text for text, bold in line[1:] if bold] for line in lines]

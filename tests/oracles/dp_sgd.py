@@ -22,8 +22,8 @@ class Opacus:
     """One client: PEFT's model in `GradSampleModule`, a torch optimiser in `DPOptimizer` (or its per-layer form).
 
     The adapter's tensors start as ``whole``; those of ``names`` train.
-    ``clip`` is C, of which every tensor gets ``C / sqrt(K)`` where ``per_layer``. Losses are summed over the samples, so
-    that a sample's gradient is that of its own loss, and the divisor is the expected batch.
+    ``clip`` is C, of which every tensor gets ``C / sqrt(K)`` where ``per_layer``. Losses are summed over the samples,
+    so that a sample's gradient is that of its own loss, and the divisor is the expected batch.
     """
 
     def __init__(

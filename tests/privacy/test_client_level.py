@@ -170,7 +170,9 @@ def test_a_list_of_weights_is_relative_to_the_largest(kind):
     made = settings(clients=4, per_round=3, aggregator=FedAvg([1.0, 4.0, 2.0, 3.0]))
     vector = np.full(LAYOUT.size, 0.01)
     for client, weight in ((0, 0.25), (1, 1.0), (3, 0.75)):
-        [one] = guard_of(silent(kind), made).collect(state(), [update(client, vector)], 1, 0.1)
+        guard = guard_of(silent(kind), made)
+        assert guard.weight(update(client, vector)) == weight  # the noise is for one of 1
+        [one] = guard.collect(state(), [update(client, vector)], 1, 0.1)
         np.testing.assert_allclose(one.vector, weight * vector / (3 * 2.5 / 4), atol=1e-11)
 
 
@@ -346,7 +348,7 @@ def test_noise_is_the_contents_and_replays(kind):
 
     first = noise()
     assert np.array_equal(first, noise())
-    for other in (noise(entry=0.011), noise(round=2), noise(seed=1), noise(version=1)):
+    for other in (noise(entry=-0.01), noise(round=2), noise(seed=1), noise(version=1)):
         assert abs(np.corrcoef(first, other)[0, 1]) < 0.7  # of 44 independent numbers: above with probability 2e-7
 
 

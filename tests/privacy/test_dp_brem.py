@@ -145,13 +145,23 @@ def test_the_noise_of_the_sum_is_r_sigma_whatever_the_number_of_clients(number):
     watch = guard(
         "privacy.noise_multiplier=0.7", "privacy.epsilon=null", "privacy.record_clip=2", "privacy.client_clip=0.5"
     )
-    sent = np.random.default_rng(5).normal(size=(number, 20_000)).astype(np.float32)
+    sent = 0.01 * np.random.default_rng(5).normal(size=(number, 20_000)).astype(np.float32)
     quiet = centred_mean(sent.astype(np.float64) / -0.5, np.full(20_000, 0.1), 0.5)
     noise = number * (phi(watch, sent, centre=0.1) - quiet)
     # chi-square with 20,000 degrees of freedom; fails for one seed in ten million
     low, high = chi2.ppf([5e-8, 1 - 5e-8], 20_000) * 1.4**2
     assert low < (noise**2).sum() < high
     assert abs(noise.mean()) < 5.4 * 1.4 / np.sqrt(20_000)
+
+
+def test_no_reply_is_so_large_that_it_swallows_the_noise():
+    """In a plain mean, a number of 1e30 would round all others and the noise away: what is left tells of examples."""
+    watch = guard("privacy.noise_multiplier=0.7", "privacy.epsilon=null", "privacy.client_clip=null")
+    sent = np.zeros((2, 20_000), np.float32)
+    sent[0] = 1e30
+    noise = 2 * phi(watch, sent) + (1 / 0.3) / np.sqrt(20_000)  # it counts as the longest honest one, R/p
+    low, high = chi2.ppf([5e-8, 1 - 5e-8], 20_000) * 0.7**2  # one seed in ten million
+    assert low < (noise**2).sum() < high
 
 
 def test_the_same_round_has_the_same_noise_and_any_other_content_or_round_its_own():
@@ -351,14 +361,16 @@ def test_a_client_that_sends_absurd_numbers_ruins_the_plain_mean_and_not_the_cli
         "local.lr=0.5",
         "schedule.rounds=1",
         "privacy.epsilon=null",
-        "privacy.noise_multiplier=0.01",
+        "privacy.noise_multiplier=1e-3",
     )
     go(tmp_path / "clipped", *words, "privacy.client_clip=0.2")
-    # |phi| is at most C and the noise: 0.01 R |N(0, I)| / 4, whose norm is below 1.1 sqrt(d)
-    assert rounds(tmp_path / "clipped")[0]["update_norm"] <= 0.5 * (0.2 + 0.01 / 4 * 1.1 * np.sqrt(4000))
+    # |phi| is at most C and the noise: 0.001 R |N(0, I)| / 4, whose norm is below 1.1 sqrt(d)
+    assert rounds(tmp_path / "clipped")[0]["update_norm"] <= 0.5 * (0.2 + 0.001 / 4 * 1.1 * np.sqrt(4000))
     assert final(tmp_path / "clipped")["rejected_updates"] == 0
     go(tmp_path / "plain", *words, "privacy.client_clip=null")
-    assert rounds(tmp_path / "plain")[0]["update_norm"] > 1e29
+    assert (
+        rounds(tmp_path / "plain")[0]["update_norm"] > 0.5 * (1 / 0.3) / 4 * 0.8
+    )  # as far as R/p of one client of four goes
 
 
 # The method's claim, on softmax regression: private and robust together.

@@ -248,7 +248,7 @@ def cohort_of(adapter: str) -> Cohort:
 @pytest.mark.parametrize("clipping", CLIPPING)
 @pytest.mark.parametrize("adapter", [*dict.fromkeys([*SPACED, *ADAPTERS]), "mixed"])
 def test_one_sample_more_moves_the_sum_by_the_clip_norm_at_most(adapter, clipping):
-    """The sample is the longest of all, so that it widens its own batch; a clip norm that cuts, and one that doesn't."""
+    """It is the longest of all samples, so its batch becomes wider. A clip norm that cuts, and one that does not."""
     cohort = cohort_of(adapter)
     data, long = batches(cohort.task, [3, 2]), token_set(cohort.task, 1, 9, 14, 15).batch(np.arange(1))
     with cohort.training(cohort.space.trains(1), states(cohort, 1)[0], [0, 1]):

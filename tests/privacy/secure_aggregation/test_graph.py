@@ -117,7 +117,8 @@ def test_few_clients_get_the_complete_graph(clients):
 
 
 @pytest.mark.parametrize(("topology", "clients"), [
-    (Topology(), 1), (Topology(), 2), (Topology(), 3), (Topology(0.5, 0.4), 10), (Topology(0.0, 0.9), 12),
+    (Topology(), 1), (Topology(), 2), (Topology(), 3), (Topology(0.0, 0.1), 3),
+    (Topology(0.5, 0.4), 10), (Topology(0.0, 0.9), 12),
 ])  # fmt: skip
 def test_too_few_clients_for_the_fractions_are_refused(topology, clients):
     with pytest.raises(ConfigError, match=f"clients={clients} .*neighbours that stay"):

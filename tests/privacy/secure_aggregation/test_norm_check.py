@@ -206,9 +206,11 @@ def test_what_a_server_holds_and_sees_is_uniform_but_for_zeros():
         assert ((counts - len(values) / 8) ** 2 / (len(values) / 8)).sum() < 50
 
 
-def test_the_query_point_is_none_of_the_polynomials():
-    check = NormCheck(64, 1000)
-    assert all(2 * norm_check.POINTS < check._point(key_bytes(k)) < P for k in range(200))
+@pytest.mark.parametrize("hashed", [bytes(32), (P - 2 * norm_check.POINTS - 1).to_bytes(32, "little"), b"\xff" * 32])
+def test_the_query_point_is_none_of_the_polynomials(monkeypatch, hashed):
+    """At such a point an entry would be opened as it is."""
+    monkeypatch.setattr(norm_check, "derive", lambda *_: hashed)
+    assert 2 * norm_check.POINTS < NormCheck(64, 1000)._point(QUERY) < P
 
 
 def test_soundness_and_sizes():
