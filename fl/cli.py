@@ -68,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, metavar="FILE", help="where to write (default: report.html in the folder)")
     report.set_defaults(call=_report)
 
+    audit = commands.add_parser("audit", help="measure what a finished run gives away about its training examples")
+    audit.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
+    audit.set_defaults(call=_audit)
+
     listing = commands.add_parser("list", help="what there is to choose")
     listing.add_argument("group", nargs="?", help="one group, with its settings")
     listing.add_argument("--json", action="store_true", help="for scripts")
@@ -115,6 +119,19 @@ def _report(options: argparse.Namespace) -> int:
 
     out = options.out or (options.folders[0] / "report.html" if len(options.folders) == 1 else Path("report.html"))
     print(write_report(options.folders, out))
+    return 0
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from fl.audit import FILE, audit, show
+    from fl.report.html import write_report
+
+    found = audit(options.folder)
+    show(Console(), found)
+    print(f"Audit    {options.folder / FILE}")
+    print(f"Report   {write_report([options.folder], options.folder / 'report.html')}")
     return 0
 
 

@@ -38,9 +38,11 @@ from fl.node import Node
 from fl.sampling import Sampling
 from fl.schedules.base import Schedule
 from fl.secure import Codecs, SecureClients, make_codecs
+from fl.shares import SharedClients
 from fl.trackers.base import Tracker
 from privacy.base import Guard, Privacy
 from privacy.secure_aggregation.settings import SecAggPlus, SecureAggregation
+from privacy.secure_aggregation.shares import SecretShares
 
 # The base and its head start from the same draws in every run; the adapter's own draws are the run's seed's.
 BASE_SEED = 0
@@ -252,8 +254,10 @@ class Experiment:
         init = s.adapter.initialisation
         asked = init if isinstance(init, DataDriven) else None
         space = self.trainer.worker.cohort.space
-        secure = None
-        if isinstance(s.secure_aggregation, SecAggPlus):
+        secure: SecureClients | SharedClients | None = None
+        if isinstance(s.secure_aggregation, SecretShares):
+            secure = SharedClients(s.secure_aggregation, s.seed, self.codecs)
+        elif isinstance(s.secure_aggregation, SecAggPlus):
             weighted = s.aggregator.weights == "examples"
             secure = SecureClients(s.secure_aggregation, s.seed, self.codecs, weighted)
         return Node(self.trainer, self.data, s.local, s.attack, s.seed, space, self.guard, asked, secure)

@@ -35,6 +35,7 @@ from fl.messages import (
     TrainRequest,
 )
 from fl.secure import SecureClients
+from fl.shares import SharedClients
 from fl.statistic import sums
 from privacy.audit.log import log_of
 from privacy.base import BudgetSpent, Guard
@@ -66,7 +67,7 @@ class Node:
         space: Space,
         guard: Guard | None = None,
         initialisation: DataDriven | None = None,
-        secure: SecureClients | None = None,
+        secure: SecureClients | SharedClients | None = None,
     ):
         self.trainer, self.data, self.local, self.behaviour = trainer, data, local, behaviour
         self.seed, self.space, self.guard = seed, space, guard or Guard()

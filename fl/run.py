@@ -125,6 +125,7 @@ def _go(
             server = Server(experiment, folder, progress, resuming, tracking)
             server.app()(grid, node_grid.server_context())
         say("Saving the adapter and evaluating it in float32 ...")
+        from fl import audit
         from fl.saving import export
 
         assert server.world is not None
@@ -133,6 +134,12 @@ def _go(
         final = {**server.final(), **{k: v for k, v in saved.scores.items() if k != "examples"}}
         record["saved"] = saved.record()
         record["status"] = "completed"
+        verdict = audit.canaries(experiment.guard)
+        if verdict is not None:
+            record["audit"] = verdict
+            audit.write(folder.path, {"canaries": verdict})
+            if not quiet or verdict["contradicts"]:
+                audit.show(console, {"canaries": verdict})
     except KeyboardInterrupt as error:
         error.add_note(f"go on with `shoal run --resume {folder.path}`")
         raise

@@ -23,10 +23,12 @@ from fl.progress import Progress
 from fl.records import RunFolder
 from fl.schedules.base import Event, World
 from fl.secure import MASKED
+from fl.shares import names
 from fl.state import ServerState
 from fl.trackers.tracking import Tracking
 from fl.validation import Validator
 from privacy.secure_aggregation.settings import SecAggPlus
+from privacy.secure_aggregation.shares import SecretShares
 
 CHECKPOINT = "shoal-run-1"
 
@@ -126,7 +128,7 @@ class Server:
         if len(nodes) != len(experiment.data):
             raise ShoalError(f"The grid has {len(nodes)} clients; the partition made {len(experiment.data)}.")
         weight = len(experiment.data.train)
-        secure = s.secure_aggregation if isinstance(s.secure_aggregation, SecAggPlus) else None
+        secure = s.secure_aggregation if isinstance(s.secure_aggregation, SecAggPlus | SecretShares) else None
         codecs = None if secure is None else experiment.codecs
 
         def size(request: Request) -> int:
@@ -135,6 +137,8 @@ class Server:
         def arrays(request: Request) -> dict[str, tuple[str, int]]:
             if codecs is None:
                 return {}
+            if isinstance(secure, SecretShares):
+                return dict.fromkeys(names(secure.servers), ("uint8", -1))
             codec = codecs(request.round)
             return {MASKED: (codec.dtype.name, codec.length)}
 

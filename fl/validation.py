@@ -34,6 +34,7 @@ class Reason(StrEnum):
     NOT_FINITE = "not_finite"  # NaN or infinite, in the update or the loss
     TOO_LARGE = "too_large"  # norm of the update above the bound
     WEIGHT = "weight"  # examples not in 1..cap
+    PROOF = "proof"  # its masked or shared form can't be used: the norm is not proved, say
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from fl.keys import Part, generator
 from fl.state import ServerState, Update
 from privacy import accounting
 from privacy.accounting import ACCOUNTANTS, Mechanism
+from privacy.audit.log import ClientLog
 from privacy.base import Guard, Privacy, Statement
 from privacy.example_level import check_start
 from privacy.ledger import Book, steps_within
@@ -99,6 +100,8 @@ class TrustedServer(ClientLevel):
     """Mechanisms whose server sees single updates, and bounds and noises them before anybody else sees anything."""
 
     weight_cap: int | None = setting(None, ge=1, help="weights=examples: w = min(examples/cap, 1); null: refused")
+    audit: bool = setting(False, help="add canary clients and measure a lower bound on epsilon")
+    audit_canaries: int = setting(500, ge=32, help="canary clients of the audit; a fair coin puts each in or not")
 
     def check(self, settings: Settings) -> None:
         super().check(settings)
@@ -171,19 +174,32 @@ class ServerGuard(Guard):
         given = settings.aggregator.weights
         self.weights = None if isinstance(given, str) else [w / max(given) for w in given]
         self.divisor = self.cohort * (1.0 if self.weights is None else float(np.mean(self.weights)))
+        self.audit = self._log(privacy) if privacy.audit else None
+
+    def _log(self, privacy: TrustedServer) -> ClientLog:
+        running = self.book.running
+        if running.relation != "add-remove":
+            allowed = "false with sampling=fixed: canaries are added or left out, and its claim is about replacing"
+            raise ConfigError("privacy.audit", True, allowed, "Use sampling=poisson or sampling=available.")
+        rate = getattr(running, "sampling_rate", 1.0)
+        most, separation = getattr(running, "participations", None), getattr(running, "min_separation", 1)
+        adaptive = getattr(privacy, "adaptive", False)
+        return ClientLog(self.seed, privacy.audit_canaries, rate, self.clients, self.book, most, separation, adaptive)
 
     def release(self, reply: ReplyFields, columns: np.ndarray) -> ReplyFields:
         # The number of examples leaves only as far as it weighs.
         return replace(reply, loss=None, tokens=0, examples=1 if self.cap is None else min(reply.examples, self.cap))
 
     def collect(self, server: ServerState, updates: Sequence[Update], round: int, lr: float) -> list[Update]:
+        columns = server.space.columns(server.space.trains(round))
+        if self.audit is not None:
+            updates = [*updates, *self.audit.updates(round, server.version, len(columns), self.clip)]
         updates = sorted(updates, key=lambda u: u.client)
         if len({u.client for u in updates}) < len(updates):
             raise ShoalError(f"Round {round} has two updates of one client; what is accounted for is one a round.")
         if self.book.exhausted or round <= self.book.newest.get("round", 0):
             raise ShoalError(f"Round {round} can't be summed: it has been already, or the privacy budget is spent.")
         counted = self.counted(updates, round)
-        columns = server.space.columns(server.space.trains(round))
         total, norms = np.zeros(len(columns)), []
         for update in counted:
             part, norm = clipped(update.vector, self.clip)
@@ -194,12 +210,16 @@ class ServerGuard(Guard):
         digest = content.hexdigest()[:32]
         self.book.grant(round, digest, 1)
         mean = (total + self.noise(len(total), round, digest)) / self.divisor
+        if self.audit is not None:
+            self.audit.see(round, mean, self.clip / self.divisor)
         self.finish(norms, round, digest)
         part_of = None if len(columns) == server.layout.size else columns
         return [Update(0, round, server.version, mean, 1, columns=part_of, start=server.vector)]
 
     def weight(self, update: Update) -> float:
         """w_i in [0, 1]."""
+        if update.client >= self.clients:
+            return 1.0  # a canary: the largest there may be
         if self.weights is not None:
             return self.weights[update.client]
         return 1.0 if self.cap is None else min(update.examples / self.cap, 1.0)
@@ -240,7 +260,9 @@ class ServerGuard(Guard):
         )  # fmt: skip
 
     def state(self) -> dict:
-        return {"book": self.book.state()}
+        return {"book": self.book.state(), **({} if self.audit is None else {"audit": self.audit.state()})}
 
     def restore(self, state: dict) -> None:
         self.book.restore(state["book"])
+        if self.audit is not None:
+            self.audit.restore(state["audit"])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
@@ -34,7 +34,7 @@ from privacy import accounting, example_level
 from privacy.accounting import ACCOUNTANTS, Mechanism
 from privacy.base import Guard, Job, Privacy, Statement
 from privacy.ledger import Book, steps_within
-from privacy.momentum import Momentum
+from privacy.momentum import Momentum, RoundedMomentum
 
 if TYPE_CHECKING:
     from clients.adapters.space import Space
@@ -76,9 +76,7 @@ class DPBREM(Privacy):
         if not isinstance(settings.aggregator, Rule):
             raise ConfigError("aggregator", type(settings.aggregator).__name__, "dp_brem, where privacy=dp_brem")
         example_level.check(settings)
-        if settings.secure_aggregation.active:
-            allowed = "none, where privacy=dp_brem: the server clips each client's momentum, so it has to see it"
-            raise ConfigError("secure_aggregation", "secagg", allowed)
+        self.check_secure(settings)
         if local.beta > 0 and self.accountant != "rdp":
             allowed = "rdp, where local.beta is above 0: the others know only rounds that are sampled by themselves"
             raise ConfigError("privacy.accountant", self.accountant, allowed)
@@ -90,6 +88,13 @@ class DPBREM(Privacy):
                 f"at least lr R/p = {largest:g}, the largest norm of an honest reply: whether one is rejected must not "
                 "depend on anybody's examples",
             )  # fmt: skip
+
+    def check_secure(self, settings: Settings) -> None:
+        """Raise `ConfigError` for a way of aggregating that this form can't use."""
+        if settings.secure_aggregation.active:
+            allowed = "none, where privacy=dp_brem: the server clips each client's momentum, so it has to see it"
+            way_out = "Use privacy=dp_brem_plus with secure_aggregation=shares."
+            raise ConfigError("secure_aggregation", type(settings.secure_aggregation).__name__, allowed, way_out)
 
     def guard(self, settings: Settings, sizes: Sequence[int], space: Space) -> Guard:
         return DPBREMGuard(self, settings, sizes)
@@ -110,7 +115,7 @@ class DPBREMGuard(example_level.ExampleGuard):
         if p.noise_multiplier is None:
             assert p.epsilon is not None
             self.sigma = max(
-                _calibrated(p.rate, self.beta, most, start, p.epsilon, delta, p.accountant) / expected
+                _calibrated(self.mechanism(1.0, expected), most, start, p.epsilon, delta, p.accountant) / expected
                 for expected, delta, start in plans
             )
         else:
@@ -123,9 +128,13 @@ class DPBREMGuard(example_level.ExampleGuard):
         """The public batch sizes ``b_i = p n_i``, which gradients are divided by."""
         return [self.privacy.rate * size for size in self.sizes]
 
+    def mechanism(self, noise: float, expected: float) -> Momentum | RoundedMomentum:
+        """A step of a client with the public batch ``expected``, with noise of ``noise`` times R/b_i."""
+        return Momentum(noise, self.privacy.rate, self.beta)
+
     def _book(self, expected: float, delta: float, once: tuple[Mechanism, ...]) -> Book:
         p = self.privacy
-        running = Momentum(self.sigma * expected, p.rate, self.beta)
+        running = self.mechanism(self.sigma * expected, expected)
         limit = None
         if p.epsilon is not None:  # calibrated noise lasts through all rounds
             limit = self.most
@@ -216,7 +225,14 @@ def _delta(delta: float | None, size: int) -> float:
 
 @lru_cache(maxsize=4096)
 def _calibrated(
-    rate: float, beta: float, steps: int, once: tuple[Mechanism, ...], epsilon: float, delta: float, accountant: str
+    like: Momentum | RoundedMomentum,
+    steps: int,
+    once: tuple[Mechanism, ...],
+    epsilon: float,
+    delta: float,
+    accountant: str,
 ) -> float:
     """The noise in units of R/b_i that ``steps`` rounds beside ``once`` need for the target."""
-    return accounting.calibrate(lambda z: [*once, Momentum(z, rate, beta, steps)], epsilon, delta, accountant)
+    return accounting.calibrate(
+        lambda z: [*once, replace(like, noise_multiplier=z, steps=steps)], epsilon, delta, accountant
+    )

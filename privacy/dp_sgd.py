@@ -85,7 +85,7 @@ class DPSGD(Privacy):
             raise ConfigError("privacy.audit_client", client, f"one of the clients 0 to {len(guard.books) - 1}")
         rounds = range(1, settings.schedule.rounds + 1)
         canaries = room(self.audit_canaries, min(len(space.columns(space.trains(r), client)) for r in rounds))
-        return ExampleLog(settings.seed, canaries, guard.rates[client], client)
+        return ExampleLog(settings.seed, canaries, guard.rates[client], client, guard.books[client])
 
 
 class DPSGDGuard(example_level.ExampleGuard):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
+from fl.report.audit_card import audit_card
 from fl.report.cards import footer, privacy_card, settings_card, short, status, tile
 from fl.report.claims import scope
 from fl.report.client_plots import client_history, client_picture, partition_picture
@@ -46,6 +47,7 @@ def run_page(run: Run) -> tuple[str, list[Picture]]:
         _curves_card(curves, spent),
         _final_card(run),
         tag("div", _rejected_card(run), privacy_card(run), class_="columns"),
+        audit_card(run),
         _clients_card(run, clients),
         _partition_card(run, held),
         card("Timeline", figure(timeline), note=_TIMELINE) if timeline is not None else None,

@@ -25,10 +25,12 @@ from fl.messages import EvaluateRequest, Request, TrainReply, TrainRequest, payl
 from fl.network import Network
 from fl.sampling import Sampling
 from fl.secure import Codecs, Plain, SecureRound
+from fl.shares import SharedRound
 from fl.state import ServerState, Update
 from fl.validation import Validator
 from privacy.base import Guard
 from privacy.secure_aggregation.settings import SecAggPlus
+from privacy.secure_aggregation.shares import ProofCodec, SecretShares
 
 Event = dict[str, Any]
 MESSAGE_TYPE = {
@@ -56,7 +58,7 @@ class World:
     validator: Validator
     downlink: Downlink
     guard: Guard = field(default_factory=Guard)
-    secure: SecAggPlus | None = None
+    secure: SecAggPlus | SecretShares | None = None
     codecs: Codecs | None = None  # of secure aggregation
     measure_error: bool = False  # compare each new version's weight change with the mean of the clients'
     clock: Clock = field(default_factory=Clock)
@@ -73,7 +75,11 @@ class World:
         if self.secure is None or not asked:
             return Plain(asked)
         assert self.codecs is not None
-        made = SecureRound(self, self.secure, self.codecs(round), server, round)
+        codec = self.codecs(round)
+        if isinstance(self.secure, SecretShares):
+            assert isinstance(codec, ProofCodec)
+            return SharedRound(self, self.secure, codec, server, round, asked)
+        made = SecureRound(self, self.secure, codec, server, round)
         made.open(asked)
         return made
 

@@ -17,7 +17,7 @@ from flwr.app import Message
 from aggregators.factored import relative_error
 from fl.clock import Clock, EventQueue, Priority, ticks
 from fl.config import setting
-from fl.errors import RunStopped
+from fl.errors import RunStopped, ShoalError
 from fl.messages import TrainReply, payload_bytes
 from fl.schedules.base import Event, Schedule, World
 from fl.state import Update
@@ -91,7 +91,10 @@ class Synchronous(Schedule):
             if over and isinstance(checked, TrainReply):
                 checked = Rejection(Reason.LATE, "the round was over")
             if isinstance(checked, TrainReply):
-                exchange.add(event.client, checked)
+                try:
+                    exchange.add(event.client, checked)
+                except ShoalError as refusal:
+                    checked = Rejection(Reason.PROOF, str(refusal))
             end = end if over else event.time
             totals["bytes_down"] += arrival.bytes_down
             totals["bytes_up"] += arrival.bytes_up

@@ -56,9 +56,15 @@ def directions(canaries: int, dimension: int, *key: Part) -> np.ndarray:
     """Unit vectors ``(canaries, dimension)`` float32, uniform on the sphere; row i is drawn from ``(*key, i)``."""
     rows = np.empty((canaries, dimension), dtype=np.float32)
     for i in range(canaries):
-        row = generator(*key, i).standard_normal(dimension, dtype=np.float32)
-        rows[i] = row / np.linalg.norm(row)
+        rows[i] = direction(i, dimension, *key)
     return rows
+
+
+def direction(canary: int, dimension: int, *key: Part) -> np.ndarray:
+    """Row ``canary`` of `directions`: ``(dimension,)`` float32."""
+    row = generator(*key, canary).standard_normal(dimension, dtype=np.float32)
+    unit: np.ndarray = row / np.linalg.norm(row)
+    return unit
 
 
 def cosines(releases: np.ndarray, unit: np.ndarray) -> np.ndarray:
@@ -74,8 +80,13 @@ def audit(cosines_by_round: np.ndarray, included: np.ndarray, delta: float, conf
     """
     check_level(delta, confidence)
     scores = checked("cosines_by_round", cosines_by_round, (2,)).max(axis=0)
-    included = np.asarray(included, dtype=bool)
     bound = one_run.lower_bound(scores, included, delta, confidence)
+    return ClientAudit(*estimates(scores, included, delta), bound)
+
+
+def estimates(scores: np.ndarray, included: np.ndarray, delta: float) -> tuple[float | None, float | None]:
+    """``estimate`` and ``pooled`` of `ClientAudit` from each canary's score ``(m,)`` and the coins ``(m,)``."""
+    scores, included = checked("scores", scores), np.asarray(included, dtype=bool)
     seen, unseen = scores[included], scores[~included]
     if min(len(seen), len(unseen)) < 8:
         raise ShoalError(
@@ -85,7 +96,7 @@ def audit(cosines_by_round: np.ndarray, included: np.ndarray, delta: float, conf
     spread, other = float(seen.std(ddof=1)), float(unseen.std(ddof=1))
     pooled = float(np.sqrt(((len(seen) - 1) * spread**2 + (len(unseen) - 1) * other**2) / (len(scores) - 2)))
     means = float(seen.mean()), float(unseen.mean())
-    return ClientAudit(_epsilon(means, (spread, other), delta), _epsilon(means, (pooled, pooled), delta), bound)
+    return _epsilon(means, (spread, other), delta), _epsilon(means, (pooled, pooled), delta)
 
 
 def _epsilon(means: tuple[float, float], deviations: tuple[float, float], delta: float) -> float | None:

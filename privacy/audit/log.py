@@ -13,14 +13,17 @@ and on the claims, not on what was seen, so the bound keeps its confidence.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clients.local.private import RAW
 from fl.errors import ConfigError
-from fl.keys import Part
+from fl.keys import Part, generator
+from fl.state import Update
 from privacy.audit import evidence, one_run
+from privacy.audit.client import direction, estimates
 from privacy.audit.result import Bound
 from privacy.ledger import Book, spent
 
@@ -56,7 +59,11 @@ class Verdict:
 
     def sentence(self) -> str:
         """The verdict for people."""
-        return f"Canaries at {self.holder}, {self.releases} releases seen. {self.bound.sentence(self.claimed)}"
+        text = f"Canaries at {self.holder}, {self.releases} releases seen. {self.bound.sentence(self.claimed)}"
+        if self.unit == "client":
+            fits = ["no finite value" if value is None else f"{value:.2f}" for value in (self.estimate, self.pooled)]
+            text += f" Fitted normal distributions estimate {fits[0]}, or {fits[1]} with one deviation (no bounds)."
+        return text
 
     def as_plain(self) -> dict[str, Any]:
         """The fields, for JSON."""
@@ -66,13 +73,13 @@ class Verdict:
 class Log:
     """Scores of canaries that were put in by fair coins, the same ones in every release.
 
-    ``rate`` is the probability with which a release takes a canary that is in.
+    ``rate`` is the probability with which a release takes a canary that is in; ``book`` is the claim's.
     """
 
     unit = "example"
 
-    def __init__(self, seed: int, canaries: int, rate: float, holder: str):
-        self.seed, self.canaries, self.rate, self.holder = seed, canaries, rate, holder
+    def __init__(self, seed: int, canaries: int, rate: float, holder: str, book: Book):
+        self.seed, self.canaries, self.rate, self.holder, self.book = seed, canaries, rate, holder, book
         self.included = one_run.coins(canaries, seed, "audit coins")
         self.releases = 0
         self.scores = np.zeros(canaries)
@@ -92,13 +99,13 @@ class Log:
         scores = evidence.log_likelihood_ratios(seen[:, :m], seen[:, m:], 1.0, self.rate)
         self.newest = (name, len(seen), scores)
 
-    def verdict(self, book: Book) -> Verdict | None:
-        """The bound beside what ``book`` claims; None if nothing was released."""
+    def verdict(self) -> Verdict | None:
+        """The bound beside what the book claims; None if nothing was released."""
         releases = self.releases + self.newest[1]
         if releases == 0:
             return None
         guesses = one_run.default_guesses(self.canaries, self.rate)
-        delta, claimed = tested_claim(book, self.canaries, guesses)
+        delta, claimed = tested_claim(self.book, self.canaries, guesses)
         bound = one_run.lower_bound(self.scores + self.newest[2], self.included, delta, guesses=guesses)
         return Verdict(self.unit, self.holder, self.canaries, releases, bound, claimed)
 
@@ -120,9 +127,73 @@ class Log:
 class ExampleLog(Log):
     """The log of one client's jobs, whose canaries are examples beside its own."""
 
-    def __init__(self, seed: int, canaries: int, rate: float, client: int):
-        super().__init__(seed, canaries, rate, f"client {client}")
+    def __init__(self, seed: int, canaries: int, rate: float, client: int, book: Book):
+        super().__init__(seed, canaries, rate, f"client {client}", book)
         self.client = client
+
+
+class ClientLog(Log):
+    """The log of a trusted server, whose canaries are clients beside the ``clients`` there are.
+
+    Each sends a random unit vector, `RAW` times as long as C, which the server clips as it clips any update. A canary
+    that is in is asked in each round with probability ``rate``, or, where the claim counts participations, in the first
+    ``most`` rounds that are ``separation`` apart: as much as any client may.
+    """
+
+    unit = "client"
+
+    def __init__(
+        self,
+        seed: int,
+        canaries: int,
+        rate: float,
+        clients: int,
+        book: Book,
+        most: int | None = None,
+        separation: int = 1,
+        adaptive: bool = False,
+    ):
+        super().__init__(seed, canaries, rate, "the server", book)
+        self.clients, self.most, self.separation, self.adaptive = clients, most, separation, adaptive
+        self.peak = np.full(canaries, -1.0)  # each canary's largest cosine with a release
+
+    def updates(self, round: int, version: int, size: int, clip: float) -> list[Update]:
+        """The canaries' updates ``(size,)`` of ``round``."""
+        count, rest = divmod(round - 1, self.separation)
+        if rest or (self.most is not None and count >= self.most):
+            return []
+        taken = self.included & (generator(self.seed, "audit sampling", round).random(self.canaries) < self.rate)
+        lengths = np.full(self.canaries, RAW * clip)
+        if self.adaptive:
+            lengths[::2] = 0.99 * clip  # half of them within C: their count leaves it where it is
+        return [
+            Update(self.clients + i, round, version, lengths[i] * self._direction(i, size).astype(np.float64), 1)
+            for i in np.flatnonzero(taken).tolist()
+        ]
+
+    def see(self, round: int, release: np.ndarray, one: float) -> None:
+        """Count the ``release`` ``(n,)`` of ``round``, which a canary moves by ``one`` along its direction."""
+        along = np.array([self._direction(i, len(release)) @ release for i in range(self.canaries + SPARE)])
+        self.add((round,), along[None] / one)
+        norm = float(np.linalg.norm(release))
+        self.peak = np.maximum(self.peak, along[: self.canaries] / norm if norm else 0.0)
+
+    def verdict(self) -> Verdict | None:
+        found = super().verdict()
+        if found is None:
+            return None
+        estimate, pooled = estimates(self.peak, self.included, found.bound.delta)
+        return replace(found, estimate=estimate, pooled=pooled)
+
+    def _direction(self, i: int, size: int) -> np.ndarray:
+        return direction(i, size, self.seed, "audit directions")
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "peak": self.peak.tolist()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.peak = np.array(state["peak"])
 
 
 def tested_claim(

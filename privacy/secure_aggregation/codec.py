@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from fl.errors import ShoalError
 from privacy.secure_aggregation.quantise import Quantiser, finest_scale
 
 
@@ -37,7 +38,11 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, total: np.ndarray, clients: int) -> np.ndarray:
-        """``(size,)`` float64: what an aggregation rule gets, from the sum ``(length,)`` over ``clients``."""
+        """``(size,)`` float64: what an aggregation rule gets, from the sum ``(length,)`` over ``clients``.
+
+        Raises `ShoalError` for a sum that no ``clients`` updates can have: one that masks were left in, since a client
+        gave a key that is not its own, say.
+        """
 
 
 class Fixed(Codec):
@@ -54,5 +59,14 @@ class Fixed(Codec):
         return self.quantiser.encode(update, weight, rng)
 
     def decode(self, total: np.ndarray, clients: int) -> np.ndarray:
-        mean, weight = self.quantiser.decode(total)
-        return mean / weight
+        q = self.quantiser
+        added, weight = q.decode(total)
+        largest = float(np.abs(added).max(initial=0.0))
+        if not clients <= weight <= clients * q.max_weight or largest > q.clip * weight + q.error_bound(clients):
+            raise not_a_sum(clients)
+        return added / weight
+
+
+def not_a_sum(clients: int) -> ShoalError:
+    """The error of `Codec.decode`."""
+    return ShoalError(f"What was unmasked is not the sum of {clients} encoded updates: a key or a vector was altered.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import itertools
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -68,7 +70,7 @@ class Trainer:
 class Data:
     def __init__(self, number: int):
         ends = np.cumsum((0, *EXAMPLES[:number]))
-        self.parts = [np.arange(a, b) for a, b in zip(ends[:-1], ends[1:])]
+        self.parts = [np.arange(a, b) for a, b in itertools.pairwise(ends)]
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -246,9 +248,9 @@ def leaks(seen: Seen, clients, round: int, limit: float) -> list[str]:
                     found.append(f"{where}: {same} low bytes of the encoded update of {client}")
         for secret in (EXAMPLES[client], loss_of(client, round)):
             found += [f"{w}: {secret} of {client}" for w, n in seen.numbers if n == secret]
-            found += [
-                f"{w}: {secret} of {client}" for w, t in seen.texts if f"{secret:g}".encode() in t and len(t) < 999
-            ]
+            digits = f"{secret:g}".encode()
+            digits = f"{secret:g}".encode()
+            found += [f"{w}: {secret} of {client}" for w, t in seen.texts if len(t) < 300 and digits in t]
     return found
 
 

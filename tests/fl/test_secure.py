@@ -8,6 +8,7 @@ from flwr.app import Message
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from clients.behaviours.faulty import Faulty
 from fl.cli import main
@@ -34,7 +35,7 @@ from tests.fl.secure_rounds import (
     update_of,
     watch,
 )
-from tests.helpers import ENCODER, SHARED, final, go, rounds, vector
+from tests.helpers import ENCODER, SHARED, final, go, rounds
 from tests.test_resume import killed_at, moments, same_end
 
 # A masked vector is uniform, so a correlation above this has probability 3e-12 (and few heavy numbers can't reach it);
@@ -206,15 +207,15 @@ def test_a_reply_that_is_lost_on_the_way_is_no_answer_and_costs_no_upload():
 def test_virtual_time_includes_the_stages():
     """Each stage takes as long as the slowest of those who answer it, and the deadline counts from the training."""
     network = Uniform(seconds_per_step=1.0, latency_s=0.25, down_mbps=0.1, up_mbps=0.05)
-    world = make(5, network=network, lost={(KEYS, 0)})
+    world = make(6, network=network, lost={(KEYS, 0)})
     *clients, event = play(world, deadline_s=30.0)
     down = [payload_bytes(m.content) for m in world.grid.sent if m.content["header"]["client"]]  # all but client 0
     up = [payload_bytes(m.content) for m in world.grid.pulled if not m.has_error()]
-    assert len(down) == len(up) == 4 * 4
+    assert len(down) == len(up) == 4 * 5
     seconds = 0.0
     for at, stage in enumerate((KEYS, SHARES, "train", UNMASK)):
         steps = 1.0 if stage == "train" else 0.0
-        sizes = zip(down[4 * at : 4 * at + 4], up[4 * at : 4 * at + 4])
+        sizes = zip(down[5 * at : 5 * at + 5], up[5 * at : 5 * at + 5])
         times = [(ticks(0.25 + 8 * d / 1e5) + ticks(steps) + ticks(0.25 + 8 * u / 5e4)) / 1e6 for d, u in sizes]
         if stage == "train":
             assert [e["virtual_s"] for e in clients] == pytest.approx([seconds + t for t in times], abs=5e-6)
@@ -314,7 +315,7 @@ byte_arrays = st.one_of(
 )
 
 
-@hypothesis_settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     stage=st.one_of(st.sampled_from([KEYS, SHARES, UNMASK, "train"]), scalars),
     extra=st.dictionaries(st.sampled_from(["stage", "lr", "train", "sent", "x"]), scalars, max_size=3),
@@ -345,7 +346,7 @@ def test_a_node_survives_every_message(stage, extra, arrays, client, round, prep
         TrainReply.from_record(reply.content)
 
 
-@hypothesis_settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     where=st.sampled_from([KEYS, SHARES, "train", UNMASK]),
     change=st.sampled_from(["dtype", "cut", "longer", "flip", "absent", "another name", "two", "update", "empty"]),
@@ -369,14 +370,15 @@ def test_a_server_survives_every_reply(where, change, at):
 
     world.grid.pull_messages = altering
     try:
-        *_, event = play(world)
-    except RunStopped as error:
-        assert str(error).startswith("Round 1 ")
+        events = play(world)
+    except RunStopped:
         return
-    there = [0, 1, 2, 3, 4, 5] if event["accepted"] == 6 else [0, 1, 3, 4, 5]
-    if (where, change) == ("train", "flip"):
-        return  # a client may send what it likes: no one can tell
-    np.testing.assert_allclose(world.server.vector, mean_of(there, 1), atol=1e-6)
+    there = [e["client"] for e in events if e.get("accepted") is True]
+    assert len(there) >= 5
+    error = np.abs(world.server.vector - mean_of(there, 1))
+    if (where, change) == ("train", "flip"):  # a client may send what it likes: no one can tell one coordinate
+        error = np.sort(error)[:-1]
+    assert error.max() < 1e-6
 
 
 def altered(message: Message, change: str, at: int):
@@ -403,26 +405,34 @@ def altered(message: Message, change: str, at: int):
 # Whole runs
 
 
-SECURE = ("secure_aggregation=secagg", "clients.number=6", "local.batch_size=4", "evaluation.every=2")
-PLAIN = SECURE[1:]
+PLAIN = ("clients.number=6", "local=sgd", "local.lr=0.1", "local.batch_size=4", "evaluation.every=2")
+SECURE = ("secure_aggregation=secagg", *PLAIN)
 RUNS = {
     "uniform": ("aggregator.weights=uniform",),
     "examples, fedadam": ("partition=dirichlet", "server_optimizer=fedadam", "server_optimizer.lr=0.01"),
     "rolora": ("adapter=rolora", "aggregator=rolora"),
     "ffa": ("adapter=ffa", "server_optimizer=fedavgm"),
-    "fedsb": ("adapter=lora_sb", "aggregator=fedsb"),
-    "fedsvd": ("adapter=lora", "aggregator=fedsvd"),
+    "fedsb": ("adapter=lora_xs", "aggregator=fedsb"),
+    "fedsvd": ("adapter=ffa", "aggregator=fedsvd"),
 }
 
 
-@pytest.mark.parametrize(
-    "case", [c if c in ("rolora", "uniform") else pytest.param(c, marks=pytest.mark.slow) for c in RUNS]
-)
+def products(folder) -> np.ndarray:
+    """What a run left: B A of each module, since factors of one product may differ, and the head."""
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    parts = []
+    for name in sorted(n for n in tensors if "lora_B" not in n):
+        found = tensors[name]
+        parts.append(tensors[name.replace("lora_A", "lora_B")] @ found if "lora_A" in name else found)
+    return np.concatenate([part.ravel() for part in parts])
+
+
+@pytest.mark.parametrize("case", ["rolora", *(pytest.param(c, marks=pytest.mark.slow) for c in RUNS if c != "rolora")])
 def test_a_secure_run_is_the_plain_run_within_quantisation(tmp_path, case):
     go(tmp_path / "plain", *PLAIN, *RUNS[case])
     go(tmp_path / "secure", *SECURE, *RUNS[case])
-    plain, secure = vector(tmp_path / "plain"), vector(tmp_path / "secure")
-    assert 0 < np.abs(plain - secure).max() < 1e-3 * np.abs(plain).max()
+    plain, secure = products(tmp_path / "plain"), products(tmp_path / "secure")
+    assert 0 < np.abs(plain - secure).max() < 1e-4 * np.abs(plain).max()
     for mine, other in zip(rounds(tmp_path / "secure"), rounds(tmp_path / "plain"), strict=True):
         for name in ("sampled", "accepted", "rejected", "client_steps"):
             assert mine[name] == other[name]
@@ -430,6 +440,7 @@ def test_a_secure_run_is_the_plain_run_within_quantisation(tmp_path, case):
         assert mine["update_norm"] == pytest.approx(other["update_norm"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_secure_run_that_is_killed_ends_the_same(tmp_path):
     more = (*SECURE, "network=lognormal", "network.dropout=0.05", "secure_aggregation.dropout=0.4", "seed=1")
     total = moments(tmp_path / "whole", *more)

@@ -1,0 +1,127 @@
+"""Secret-shared sums in a round: what a client sends to each server, and how the servers make the sum of it.
+
+    train    training request  ->  ``share0``, ``share1``, ...: a share and its proof for each server, encrypted for it
+
+The Flower server is one of the servers, and passes the others' messages on; they exchange openings, a few kilobytes for
+each client, which are not sent through Flower (see `privacy.secure_aggregation.shares`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fl.errors import RunStopped, ShoalError
+from fl.keys import generator, key_bytes
+from fl.messages import SecureRequest, TrainReply, TrainRequest
+from fl.secure import Codecs, Plain, context
+from fl.state import ServerState, Update
+from privacy.secure_aggregation import field
+from privacy.secure_aggregation.norm_check import NormCheck
+from privacy.secure_aggregation.primitives import public_key
+from privacy.secure_aggregation.shares import Aggregator, ProofCodec, SecretShares, messages
+
+if TYPE_CHECKING:
+    from fl.schedules.base import World
+
+
+def names(servers: int) -> list[str]:
+    """The arrays of a reply."""
+    return [f"share{s}" for s in range(servers)]
+
+
+def server_secret(seed: int, index: int) -> bytes:
+    """A server's long-term key; in a simulation it comes from the seed."""
+    return key_bytes(seed, "aggregator", index)
+
+
+class SharedRound(Plain):
+    """One round's exchange: proofs are checked as replies come, and the sum is opened at the end."""
+
+    def __init__(
+        self, world: World, settings: SecretShares, codec: ProofCodec, server: ServerState, round: int,
+        asked: Sequence[int],
+    ):  # fmt: skip
+        super().__init__(asked)
+        self.world, self.settings, self.codec, self.server, self.round = world, settings, codec, server, round
+        self.check = NormCheck(codec.length, codec.bound, settings.servers)
+        name = context(world.seed, round)
+        self.servers = [Aggregator(s, self.check, server_secret(world.seed, s), name) for s in range(settings.servers)]
+        self.heard: list[int] = []
+        self.costs: Counter[str] = Counter()
+
+    def add(self, client: int, reply: TrainReply) -> None:
+        """Check a client's proof and count its vector. Raises `ShoalError` where the norm is not proved."""
+        # Drawn after the client has sent: a proof must not know the point that it is checked at.
+        content = hashlib.sha256(b"".join(reply.arrays[name].tobytes() for name in names(len(self.servers))))
+        query = key_bytes(self.world.seed, "query", self.round, client, content.hexdigest())
+        try:
+            sent = [reply.arrays[name].tobytes() for name in names(len(self.servers))]
+            openings = [s.open(client, m, query) for s, m in zip(self.servers, sent, strict=True)]
+            accepted = self.check.accept(openings)
+        except ShoalError:
+            for server in self.servers:
+                server.close(client, False)
+            raise
+        for server in self.servers:
+            server.close(client, accepted)
+        if not accepted:
+            raise ShoalError(f"client {client} did not prove that its update's norm is within the bound")
+        self.heard.append(client)
+
+    def close(self, updates: list[Update]) -> list[Update]:
+        if len(self.heard) < self.codec.least:
+            raise RunStopped(f"Round {self.round} has {len(self.heard)} shared updates; {self.codec.least} are needed.")
+        seed, name = self.world.seed, hashlib.sha256(repr((sorted(self.heard), self.server.version)).encode()).digest()
+        parts = []
+        for s, server in enumerate(self.servers):
+            # A server's noise is for what it holds: another sum gets other noise.
+            content = hashlib.sha256(name + server.total(0.0, generator(seed)).tobytes()).hexdigest()
+            rng = generator(seed, "share noise", s, self.round, content)
+            parts.append(server.total(self.codec.noise, rng))
+        mean = self.codec.decode(field.decode(field.total(np.stack(parts))), len(self.heard))
+        space = self.server.space
+        columns = space.columns(space.trains(self.round))
+        return [
+            Update(
+                min(self.heard), self.round, self.server.version, mean, len(updates),
+                min(u.sent_ticks for u in updates), max(u.arrived_ticks for u in updates),
+                steps=sum(u.steps for u in updates),
+                columns=None if len(columns) == space.layout.size else columns, start=self.server.vector,
+            )
+        ]  # fmt: skip
+
+
+class SharedClients:
+    """The client half, at a node."""
+
+    def __init__(self, settings: SecretShares, seed: int, codecs: Codecs):
+        self.settings, self.seed, self.codecs = settings, seed, codecs
+        self.publics = [public_key(server_secret(seed, s)) for s in range(settings.servers)]
+
+    def answer(self, request: SecureRequest) -> dict[str, np.ndarray]:
+        """Raises `ShoalError`: there are no stages beside training."""
+        raise ShoalError("secret shares have no stages")
+
+    def mask(self, request: TrainRequest, update: np.ndarray, examples: int) -> dict[str, np.ndarray]:
+        """What a client sends of its ``update`` ``(n,)``: a share and a proof for each server."""
+        client, round = request.client, request.round
+        codec = self.codecs(round)
+        assert isinstance(codec, ProofCodec)
+        content = hashlib.sha256(update.tobytes()).hexdigest()
+        integers = codec.encode(update, 1, generator(self.seed, "share encoding", client, round), request.arrays)
+        check = NormCheck(codec.length, codec.bound, self.settings.servers)
+        name, publics = context(self.seed, round), self.publics
+        for attempt in range(3):  # an honest proof fails once in 2^40
+            secret = key_bytes(self.seed, "shares", client, round, content, attempt)
+            try:
+                sent = messages(check, integers, secret, publics, name, client)
+                break
+            except ShoalError:
+                if attempt == 2:
+                    raise
+        return {n: np.frombuffer(m, np.uint8) for n, m in zip(names(len(sent)), sent, strict=True)}
