@@ -38,6 +38,9 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.grid
 	$(BIN)/python -m benchmarks.lowrank
+	$(BIN)/python -m benchmarks.private
+	$(BIN)/python -m benchmarks.secagg
+	$(BIN)/shoal sweep experiment=private_lowrank_comparison
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info outputs
