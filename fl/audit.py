@@ -25,17 +25,17 @@ from fl.errors import ShoalError
 from fl.experiment import Experiment, Settings, Shared
 from fl.keys import generator
 from fl.records import plain, read_run, write_atomically
+from fl.report.audit_card import FILE, HEAD, rows
 from fl.server_app import CHECKPOINT
 from fl.state import ServerState
 from privacy.audit.log import log_of
 from privacy.audit.membership import Membership, attack, calibrated_scores, threshold_scores
 from privacy.base import Guard
 
-FILE = "audit.json"
 MOST = 4000  # members and others that are scored, drawn where there are more
 FEWEST = 8  # of each kind, for an attack
 CONFIDENCE = 0.95
-SCORES = ("loss threshold", "loss calibrated by the model before training")
+SCORES = ("loss threshold", "calibrated loss")  # the second: by the loss before training
 
 
 def canaries(guard: Guard) -> dict[str, Any] | None:
@@ -52,14 +52,18 @@ def audit(folder: Path, shared: Shared | None = None) -> dict[str, Any]:
     """
     run = read_run(folder)
     if run is None:
-        raise ShoalError(f"{folder} holds no run to audit: it has no run.json. Give the folder that `shoal run` printed.")
+        raise ShoalError(
+            f"{folder} holds no run to audit: it has no run.json. Give the folder that `shoal run` printed."
+        )
     if run.get("status") != "completed":
         way_out = f"Go on with `shoal run --resume {folder}`."
         raise ShoalError(f"The run in {folder} is not complete ({run.get('status')}). {way_out}")
     try:
         settings = Settings.of(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ShoalError(f"{folder}/config.yaml can't be read ({' '.join(str(error).split())}). Put it back.") from error
+        raise ShoalError(
+            f"{folder}/config.yaml can't be read ({' '.join(str(error).split())}). Put it back."
+        ) from error
     saved = checkpoint.load(folder / "checkpoint")
     if saved is None:
         raise ShoalError(f"{folder} has no checkpoint, and so no final model to audit. Run it again.")
@@ -83,7 +87,9 @@ def write(folder: Path, found: dict[str, Any]) -> None:
     write_atomically(folder / FILE, json.dumps(plain(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def membership(experiment: Experiment, saved: tuple[dict[str, np.ndarray], dict[str, Any]], delta: float) -> dict[str, Any]:
+def membership(
+    experiment: Experiment, saved: tuple[dict[str, np.ndarray], dict[str, Any]], delta: float
+) -> dict[str, Any]:
     """Membership inference on the model of a checkpoint: over all clients, and the client that it exposes most."""
     arrays, meta = saved
     if meta.get("kind") != CHECKPOINT:
@@ -184,29 +190,6 @@ def show(console: Console, found: dict[str, Any]) -> None:
         console.print(Text(verdict["sentence"], style=style), soft_wrap=True)
     if found.get("membership"):
         console.print(_table(found))
-
-
-def rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The attacks of an audit: name, members, others, AUC and the members found at each low rate, for people."""
-    listed = [(entry["score"], entry) for entry in found.get("membership") or []]
-    worst = found.get("worst_client")
-    if worst:
-        listed.append((f"client {worst['client']}, exposed most", worst))
-    return [
-        (name, f"{e['members']:,}", f"{e['others']:,}", _interval(e["auc"]), *map(_found, e["found"].values()))
-        for name, e in listed
-    ]
-
-
-def _interval(rate: dict[str, Any]) -> str:
-    return f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
-
-
-def _found(rate: dict[str, Any]) -> str:
-    return "too few others" if rate["note"] else _interval(rate)
-
-
-HEAD = ("membership inference", "members", "others", "AUC", "found at 1 % FPR", "found at 0.1 % FPR")
 
 
 def _table(found: dict[str, Any]) -> Table:

@@ -8,6 +8,7 @@ each client, which are not sent through Flower (see `privacy.secure_aggregation.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fl.errors import RunStopped, ShoalError
+from fl.errors import ShoalError
 from fl.keys import generator, key_bytes
 from fl.messages import SecureRequest, TrainReply, TrainRequest
 from fl.secure import Codecs, Plain, context
@@ -56,11 +57,13 @@ class SharedRound(Plain):
 
     def add(self, client: int, reply: TrainReply) -> None:
         """Check a client's proof and count its vector. Raises `ShoalError` where the norm is not proved."""
+        if client in self.heard:
+            raise ShoalError(f"client {client} is in the sum of round {self.round} already")
+        sent = [reply.arrays[name].tobytes() for name in names(len(self.servers))]
         # Drawn after the client has sent: a proof must not know the point that it is checked at.
-        content = hashlib.sha256(b"".join(reply.arrays[name].tobytes() for name in names(len(self.servers))))
-        query = key_bytes(self.world.seed, "query", self.round, client, content.hexdigest())
+        content = hashlib.sha256(b"".join(sent)).hexdigest()
+        query = key_bytes(self.world.seed, "query", self.round, client, content)
         try:
-            sent = [reply.arrays[name].tobytes() for name in names(len(self.servers))]
             openings = [s.open(client, m, query) for s, m in zip(self.servers, sent, strict=True)]
             accepted = self.check.accept(openings)
         except ShoalError:
@@ -74,16 +77,8 @@ class SharedRound(Plain):
         self.heard.append(client)
 
     def close(self, updates: list[Update]) -> list[Update]:
-        if len(self.heard) < self.codec.least:
-            raise RunStopped(f"Round {self.round} has {len(self.heard)} shared updates; {self.codec.least} are needed.")
-        seed, name = self.world.seed, hashlib.sha256(repr((sorted(self.heard), self.server.version)).encode()).digest()
-        parts = []
-        for s, server in enumerate(self.servers):
-            # A server's noise is for what it holds: another sum gets other noise.
-            content = hashlib.sha256(name + server.total(0.0, generator(seed)).tobytes()).hexdigest()
-            rng = generator(seed, "share noise", s, self.round, content)
-            parts.append(server.total(self.codec.noise, rng))
-        mean = self.codec.decode(field.decode(field.total(np.stack(parts))), len(self.heard))
+        parts = np.stack([server.total(self.codec.noise) for server in self.servers])
+        mean = self.codec.decode(field.decode(field.total(parts)), len(self.heard))
         space = self.server.space
         columns = space.columns(space.trains(self.round))
         return [
@@ -108,20 +103,25 @@ class SharedClients:
         raise ShoalError("secret shares have no stages")
 
     def mask(self, request: TrainRequest, update: np.ndarray, examples: int) -> dict[str, np.ndarray]:
-        """What a client sends of its ``update`` ``(n,)``: a share and a proof for each server."""
-        client, round = request.client, request.round
+        """What a client sends of its ``update`` ``(n,)``: a share and a proof for each server.
+
+        Raises `ShoalError` where that can't be: the client then takes no part in the round.
+        """
+        client, round, servers = request.client, request.round, self.settings.servers
         codec = self.codecs(round)
         assert isinstance(codec, ProofCodec)
-        content = hashlib.sha256(update.tobytes()).hexdigest()
-        integers = codec.encode(update, 1, generator(self.seed, "share encoding", client, round), request.arrays)
-        check = NormCheck(codec.length, codec.bound, self.settings.servers)
-        name, publics = context(self.seed, round), self.publics
+        # The server gets the text of an error: it must hold no number of the update.
+        refusal = ShoalError(f"client {client} takes no part in round {round}: its update can't be encoded")
+        try:
+            integers = codec.encode(update, 1, generator(self.seed, "share encoding", client, round), request.arrays)
+        except ShoalError:
+            raise refusal from None
+        check, name = NormCheck(codec.length, codec.bound, servers), context(self.seed, round)
+        # Another vector never gets the same shares: two vectors under one mask show their difference.
+        content = f"{hashlib.sha256(integers.tobytes()).hexdigest()} {check}"
         for attempt in range(3):  # an honest proof fails once in 2^40
             secret = key_bytes(self.seed, "shares", client, round, content, attempt)
-            try:
-                sent = messages(check, integers, secret, publics, name, client)
-                break
-            except ShoalError:
-                if attempt == 2:
-                    raise
-        return {n: np.frombuffer(m, np.uint8) for n, m in zip(names(len(sent)), sent, strict=True)}
+            with contextlib.suppress(ShoalError):
+                sent = messages(check, integers, secret, self.publics, name, client)
+                return {n: np.frombuffer(m, np.uint8) for n, m in zip(names(servers), sent, strict=True)}
+        raise refusal

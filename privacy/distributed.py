@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from fl.experiment import Settings
 
 RELATION = "setting all updates of one client to zero, while it still adds its noise (who takes part is public)"
-NAMES = {"scale": "privacy.resolution", "modulus_bits": "secure_aggregation.modulus_bits"}  # of `DiscreteNoise`
 
 
 @dataclass(frozen=True)
@@ -106,16 +105,14 @@ class DistributedGuard(Guard):
                 size, p.clip, noise, p.resolution / p.clip, self.asked, self.min_cohort, self.secure.modulus_bits,
                 p.kind, p.rotate,  # type: ignore[arg-type]
             )  # fmt: skip
-        except ConfigError as error:
-            name = error.key.removeprefix("privacy.")
-            if name not in NAMES:
-                raise
-            value = {"scale": p.resolution, "modulus_bits": self.secure.modulus_bits}[name]
-            raise ConfigError(
-                NAMES[name], value, f"too small or too large for noise {noise:.4g} x clip at privacy.resolution="
-                f"{p.resolution:g} ({error.allowed})",
-                "Lower privacy.resolution, or set secure_aggregation.modulus_bits=64.",
-            ) from error  # fmt: skip
+        except ConfigError as error:  # in the names that a user knows
+            if error.key == "privacy.scale":
+                raise ConfigError("privacy.resolution", p.resolution, "below 2^31") from error
+            if error.key == "privacy.modulus_bits":
+                way_out = "Lower privacy.resolution, or set secure_aggregation.modulus_bits=64."
+                bits = self.secure.modulus_bits
+                raise ConfigError("secure_aggregation.modulus_bits", bits, error.allowed, way_out) from error
+            raise
 
     def codec(self, size: int, round: int) -> Codec | None:
         return NoisySum(self._plan(self.noise_multiplier, size), self.colluding, (self.seed, "rotation", round))

@@ -11,8 +11,9 @@ of the full standard deviation ``R sigma s`` in integer steps, drawn exactly (`p
 the sum is covered as long as one server is honest, and has sqrt(S) times the noise that is claimed. Noise that is
 sampled coarsely and scaled up would leave the low-order bits of the sum bare; this has the resolution of the ring.
 
-One example moves x_i by at most ``s (R/b_i) m_t + sqrt(d)`` integer steps in step t, once it has taken part (each
-coordinate is rounded once): `RoundedMomentum`.
+In step t, one example that has taken part moves x_i by at most ``s (R/b_i) (m_t + e)`` integer steps: each coordinate
+is rounded once, and the client's momentum is float32. `DPBREMPlusGuard.mechanism` bounds e, and
+`privacy.momentum.RoundedMomentum` is the cost. Derivation: docs/methods/dp_brem_plus.md.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from aggregators.dp_brem import CENTRE
-from fl.errors import ConfigError
+from fl.errors import ConfigError, ShoalError
 from fl.state import ServerState, Update
 from privacy import accounting
 from privacy.base import Guard, Statement
-from privacy.dp_brem import DPBREM, DPBREMGuard, clipped
+from privacy.dp_brem import DPBREM, DPBREMGuard
 from privacy.momentum import RoundedMomentum
 from privacy.secure_aggregation.codec import Codec
 from privacy.secure_aggregation.shares import ProofCodec, SecretShares
@@ -37,6 +38,8 @@ from privacy.secure_aggregation.shares import ProofCodec, SecretShares
 if TYPE_CHECKING:
     from clients.adapters.space import Space
     from fl.experiment import Settings
+
+_LARGEST = 2.0**32  # deviation of noise that `discrete_gaussian` draws
 
 
 @dataclass(frozen=True)
@@ -51,28 +54,51 @@ class DPBREMPlus(DPBREM):
                 "Set secure_aggregation=shares, or use privacy=dp_brem with a trusted server.",
             )  # fmt: skip
         if self.client_clip is None:
-            raise ConfigError("privacy.client_clip", None, "a number: it is the norm that is proved")
+            allowed = "a number: it is the norm that clients prove"
+            raise ConfigError("privacy.client_clip", None, allowed, "Set privacy.client_clip=0.5, say.")
         if self.accountant != "rdp":
-            raise ConfigError("privacy.accountant", self.accountant, "rdp for discrete noise")
+            raise ConfigError(
+                "privacy.accountant", self.accountant, "rdp, where privacy=dp_brem_plus: noise is discrete"
+            )
 
     def guard(self, settings: Settings, sizes: Sequence[int], space: Space) -> Guard:
         return DPBREMPlusGuard(self, settings, sizes, space)
 
 
 class DPBREMPlusGuard(DPBREMGuard):
-    """The centre's broadcast, the codec of the shares, and the books of the sums that were opened."""
+    """The centre's broadcast, the codec of the shares, the sum as a step, and the books."""
 
     def __init__(self, privacy: DPBREMPlus, settings: Settings, sizes: Sequence[int], space: Space):
         assert isinstance(settings.secure_aggregation, SecretShares) and privacy.client_clip is not None
-        self.size = len(space.columns(space.trains(1)))
+        self.size, self.clip = len(space.columns(space.trains(1))), privacy.client_clip
         self.clients, self.servers = len(sizes), settings.secure_aggregation.servers
-        self.codec_scale = ProofCodec(self.size, privacy.client_clip, self.clients).scale
+        self.scale = ProofCodec(self.size, self.clip, self.clients).scale  # s
         super().__init__(privacy, settings, sizes)
+        if self.noise > _LARGEST:
+            allowed = f"not so small: noise of {self.sigma:.4g} x R would be more than 2^32 steps of C/{self.steps:g}"
+            raise ConfigError("privacy.client_clip", self.clip, allowed, "Raise it, or lower the noise.")
+
+    @property
+    def noise(self) -> float:
+        """Deviation of each server's noise, in integer steps."""
+        return self.sigma * self.privacy.record_clip * self.scale
+
+    @property
+    def steps(self) -> float:
+        """Integer steps in C."""
+        return self.scale * self.clip
 
     def mechanism(self, noise: float, expected: float) -> RoundedMomentum:
-        """One example of a client with the public batch ``expected`` moves the integers by R s / expected."""
-        step = self.privacy.record_clip * self.codec_scale / expected
-        return RoundedMomentum(noise, self.privacy.rate, self.beta, math.sqrt(self.size) / step)
+        """A step of a client with the public batch ``expected`` b = p n, with noise of ``noise`` times R/b.
+
+            e <= sqrt(d) / (s R/b) + 8 n 2^-24 / (1 - beta)
+
+        The first part is rounding to integers, half a step on each side and coordinate. The second is the float32 of
+        the momentum and of ``-lr phi``, for |phi| <= R/p. The gradient itself counts as computed without error.
+        """
+        rounding = math.sqrt(self.size) * expected / (self.privacy.record_clip * self.scale)
+        floats = 8 * (expected / self.privacy.rate) * 2.0**-24 / (1 - self.beta)
+        return RoundedMomentum(noise, self.privacy.rate, self.beta, rounding + floats)
 
     def broadcast(self, server: ServerState) -> dict[str, np.ndarray]:
         return {CENTRE: self._centre(server).astype(np.float32)}
@@ -82,10 +108,7 @@ class DPBREMPlusGuard(DPBREMGuard):
         return server.extra.get(CENTRE, np.zeros(self.size)).astype(np.float32).astype(np.float64)
 
     def codec(self, size: int, round: int) -> Codec | None:
-        assert self.privacy.client_clip is not None
-        noise = self.sigma * self.privacy.record_clip * self.codec_scale
-        lr = self.local.lr_at(round, self.most)
-        return CentredCodec(size, self.privacy.client_clip, self.clients, noise, lr)
+        return CentredCodec(size, self.clip, self.clients, self.noise, self.local.lr_at(round, self.most))
 
     def collect(self, server: ServerState, updates: Sequence[Update], round: int, lr: float) -> list[Update]:
         if not updates:
@@ -104,7 +127,7 @@ class DPBREMPlusGuard(DPBREMGuard):
         return replace(
             super().statement(),
             mechanism="DP-BREM+: client momentum, centred clipping proved on shares, discrete noise of every server",
-            noise=f"discrete Gaussian in steps of C/{self.codec_scale * (self.privacy.client_clip or 1):g}, "
+            noise=f"discrete Gaussian in steps of C/{self.steps:g}, "
             f"{self.sigma:.4g} x R from each of {self.servers} servers on each round's sum (one is counted): "
             f"{self.sigma * low:.4g} to {self.sigma * high:.4g} times the R/b_i by which one example moves it; drawn "
             "from the run's seed",
@@ -122,5 +145,7 @@ class CentredCodec(ProofCodec):
         self.lr = lr
 
     def inside(self, update: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        centre = arrays[CENTRE].astype(np.float64)
-        return clipped(update / np.float64(-self.lr) - centre, self.clip)
+        centre = arrays.get(CENTRE)
+        if centre is None or centre.shape != update.shape or not np.isfinite(centre).all():
+            raise ShoalError("a training request of DP-BREM+ carries the centre")
+        return super().inside(update / np.float64(-self.lr) - centre.astype(np.float64), arrays)

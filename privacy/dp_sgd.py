@@ -119,7 +119,7 @@ class DPSGDGuard(example_level.ExampleGuard):
         return spent((*book.once, book.running.of(steps)), book.delta, book.accountant)
 
     def _gradient_noise(self, book: Book) -> float:
-        noise = book.running.noise_multiplier
+        noise = _multiplier(book)
         return gradient_noise(noise, self.count_noise) if self.privacy.adaptive else noise
 
     @property
@@ -152,7 +152,7 @@ class DPSGDGuard(example_level.ExampleGuard):
 
     def statement(self) -> Statement:
         p, rows = self.privacy, self.rows(self.sizes)
-        noises = sorted({book.running.noise_multiplier for book in self.books.values()})
+        noises = sorted({_multiplier(book) for book in self.books.values()})
         rates = sorted({row["rate"] for row in rows})
         groups = {
             "flat": "all that trains",
@@ -210,6 +210,11 @@ def gradient_noise(total: float, count: float) -> float:
         allowed = f"above {total / 2:.4g}, half the noise multiplier {total:.4g}: the count alone would cost more"
         raise ConfigError("privacy.count_noise", count, allowed, "Raise it, or local.batch_size.")
     return rest**-0.5
+
+
+def _multiplier(book: Book) -> float:
+    assert isinstance(book.running, SampledGaussian)
+    return book.running.noise_multiplier
 
 
 def _range(values: Sequence[float]) -> str:

@@ -129,7 +129,8 @@ class RoundedMomentum(Mechanism):
     so ``rdp(a) <= min over eta of rdp_M(a; sigma^2/(1 + eta)) + a (1 + 1/eta) e^2 T / (2 sigma^2)`` with M the exact
     momentum's. Its Renyi bound holds for the discrete Gaussian too: for an integer shift v, D_a <= a |v|^2/(2 sigma^2)
     (Canonne, Kamath and Steinke, arXiv 2004.00010, proposition 5). The tighter bound by delta is the continuous
-    Gaussian's and is not used.
+    Gaussian's and is not used; neither is amplification by sampling where ``beta`` is 0. Derivation:
+    docs/methods/dp_brem_plus.md.
     """
 
     noise_multiplier: float = setting(gt=0, help="sigma: standard deviation of the noise, in units of R/b")
@@ -143,14 +144,19 @@ class RoundedMomentum(Mechanism):
         if not self.steps:
             return np.zeros_like(orders)
         if not self.rounding:
-            return self._exact(0.0).rdp(orders)
+            return self._exact(orders, 0.0)
         extra = orders * self.rounding**2 * self.steps / (2 * self.noise_multiplier**2)
-        return np.min([self._exact(eta).rdp(orders) + (1 + 1 / eta) * extra for eta in SPLITS], axis=0)
+        return np.min([self._exact(orders, eta) + (1 + 1 / eta) * extra for eta in SPLITS], axis=0)
 
-    def _exact(self, eta: float) -> Momentum:
-        # A momentum of 0 is one of nearly 0: Momentum would take a sampled continuous Gaussian for it.
-        beta = max(self.beta, 1e-6)
-        return Momentum(self.noise_multiplier / math.sqrt(1 + eta), self.sampling_rate, beta, self.steps)
+    def _exact(self, orders: np.ndarray, eta: float) -> np.ndarray:
+        """rdp_M at sigma^2/(1 + eta)."""
+        noise, p = self.noise_multiplier / math.sqrt(1 + eta), self.sampling_rate
+        if self.beta:
+            return Momentum(noise, p, self.beta, self.steps).rdp(orders)
+        # `Momentum` would take 0 for a sampled continuous Gaussian. Here E is the number of steps drawn: binomial.
+        with np.errstate(divide="ignore"):
+            log_mean = np.logaddexp(np.log1p(-p), math.log(p) + orders * (orders - 1) / (2 * noise**2))
+        return self.steps * log_mean / (orders - 1)
 
     def describe(self) -> str:
         return (

@@ -68,7 +68,7 @@ class Canaries:
     seen: list[np.ndarray] = field(default_factory=list)
 
     def coordinates(self, own: np.ndarray) -> np.ndarray:
-        """Those of the canaries and the spare ones, ``(number + spare,)``, among the columns that the client ``own``s."""
+        """Those of the canaries and the spare ones, ``(number + spare,)``, among the columns ``own``."""
         return own[generator(*self.key, len(own)).choice(len(own), self.number + self.spare, replace=False)]
 
 

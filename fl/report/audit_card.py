@@ -9,6 +9,7 @@ from fl.report.load import Run
 from fl.report.page import Markup, card, table, tag
 
 FILE = "audit.json"
+HEAD = ("attack", "members", "others", "AUC", "found at 1 % FPR", "found at 0.1 % FPR")
 
 
 def audit_card(run: Run) -> Markup | None:
@@ -21,8 +22,6 @@ def audit_card(run: Run) -> Markup | None:
     if verdict:
         parts.append(tag("p", verdict["sentence"], class_="banner failed" if verdict["contradicts"] else None))
     if attacks:
-        from fl.audit import HEAD, rows
-
         parts.append(table(HEAD, rows(found)))
         told = [entry["sentence"] for entry in attacks]
         parts.append(tag("details", tag("summary", "In words"), *[tag("p", text) for text in told]))
@@ -33,6 +32,26 @@ _NOTE = (
     "What could be shown against the run. An audit that finds little shows that these attacks found little, not that "
     "the run is private."
 )
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The attacks of an audit: name, members, others, AUC and the members found at each low rate, for people."""
+    listed = [(entry["score"], entry) for entry in found.get("membership") or []]
+    worst = found.get("worst_client")
+    if worst:
+        listed.append((f"client {worst['client']}, exposed most", worst))
+    return [
+        (name, f"{e['members']:,}", f"{e['others']:,}", _interval(e["auc"]), *map(_found, e["found"].values()))
+        for name, e in listed
+    ]
+
+
+def _interval(rate: dict[str, Any]) -> str:
+    return f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
+
+
+def _found(rate: dict[str, Any]) -> str:
+    return "too few others" if rate["note"] else _interval(rate)
 
 
 def _read(run: Run) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from fl.report.claims import stated, statement_table
 from fl.report.groups import show
 from fl.report.load import Run
 from fl.report.numbers import DASH
-from fl.report.page import Markup, card, tag
+from fl.report.page import Markup, card, figure, tag
+from fl.report.style import Picture
 
 
 def status(run: Run) -> Markup:
@@ -25,13 +26,14 @@ def tile(name: str, value: str, remark: str = "", main: bool = False) -> Markup:
     return tag("div", tag("dt", name), shown, class_="tile main" if main else "tile")
 
 
-def privacy_card(run: Run) -> Markup:
-    """What is promised about privacy: the statement as a table, and the same in words folded below it."""
+def privacy_card(run: Run, spent: Picture | None = None) -> Markup:
+    """What is promised about privacy: the statement as a table, the same in words folded below it, and ``spent``."""
     words = tag("p", str(run.info.get("privacy") or "This run makes no statement about privacy."))
     listed = statement_table(run) if stated(run).get("unit") else None
-    if listed is None:
-        return card("Privacy", words, class_="card privacy")
-    return card("Privacy", listed, tag("details", tag("summary", "In words"), words), class_="card privacy")
+    shown = words if listed is None else tag("div", listed, tag("details", tag("summary", "In words"), words))
+    if spent is not None:
+        shown = tag("div", shown, figure(spent), class_="figures")
+    return card("Privacy", shown, class_="card privacy")
 
 
 def settings_card(run: Run, common: Mapping[str, Any] | None = None, title: str = "How it was run") -> Markup:

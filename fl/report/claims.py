@@ -31,6 +31,12 @@ def unit(run: Run) -> str:
     return f"one {about}" if about else ""
 
 
+def bound(run: Run) -> str:
+    """The run's unit and delta: ``for one example of one client, delta 0.0036``; empty where nothing is promised."""
+    delta = number(stated(run).get("delta"))
+    return (f"for {unit(run)}" + (f", delta {delta:.2g}" if delta is not None else "")) if unit(run) else ""
+
+
 def scope(runs: Iterable[Run]) -> str:
     """Whom and what the epsilons of ``runs`` are about, in a line; empty where none says.
 

@@ -20,7 +20,7 @@ from fl.report.style import INK, MUTED, SERIES, WIDE, Canvas, Picture, canvas, c
 from fl.report.tables import counted
 
 NONE = "no guarantee"
-AREA, SMALLEST = 190.0, 16.0  # points squared: of the marker of the most bytes, and what no marker is drawn below
+AREA, SMALLEST = 150.0, 28.0  # points squared: of the marker of the most bytes, and what no marker is drawn below
 APART = 0.022  # lines are moved apart along the log axis by this share each, so that their bars can be told apart
 
 
@@ -150,12 +150,13 @@ def _point(c: Canvas, item: Group, key: str, scale: float, x: float, style: dict
     values = [run.numbers[key] * scale for run in item.completed if key in run.numbers]
     color, y = style["color"], mean * scale
     if std:
-        c.axes.plot([x, x], [y - std * scale, y + std * scale], color=color, linewidth=3.0, alpha=0.35)
+        c.axes.plot([x, x], [y - std * scale, y + std * scale], color=color, linewidth=1.4, zorder=4)
     if len(values) > 1:
-        c.axes.plot([x] * len(values), values, linestyle="", marker="o", markersize=3.0, color=color, alpha=0.5)
+        dots = {"linestyle": "", "marker": "o", "markersize": 2.6, "markeredgewidth": 0, "zorder": 5}
+        c.axes.plot([x] * len(values), values, color=color, **dots)
     traffic = _traffic(item)
     area = max(SMALLEST, AREA * traffic / most) if most else SMALLEST
-    c.axes.scatter([x], [y], s=area, color=color, marker="o", edgecolors="#ffffff", linewidths=0.8, zorder=3)
+    c.axes.scatter([x], [y], s=area, color=color, alpha=0.45, linewidths=0, zorder=3)
     c.tip(x, y, f"{name}: {spread(key, mean, std)}, {write('bytes_up', traffic)}")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fl.report.audit_card import audit_card
 from fl.report.cards import footer, privacy_card, settings_card, short, status, tile
-from fl.report.claims import scope
+from fl.report.claims import bound
 from fl.report.client_plots import client_history, client_picture, partition_picture
 from fl.report.load import Run, number
 from fl.report.numbers import compact, describe, human, write
@@ -44,9 +44,10 @@ def run_page(run: Run) -> tuple[str, list[Picture]]:
         _header(run),
         _banners(run),
         _tiles(run),
-        _curves_card(curves, spent),
+        _curves_card(curves),
         _final_card(run),
-        tag("div", _rejected_card(run), privacy_card(run), class_="columns"),
+        _rejected_card(run),
+        privacy_card(run, spent),
         audit_card(run),
         _clients_card(run, clients),
         _partition_card(run, held),
@@ -134,7 +135,7 @@ def _tiles(run: Run) -> Markup:
         remark = f"{write('loss', first)} before training" if first is not None else ""
         tiles.append(tile("Test loss", write("loss", numbers["loss"]), remark))
     if "epsilon" in numbers:
-        tiles.append(tile("Privacy loss", f"ε = {write('epsilon', numbers['epsilon'])}", scope([run])))
+        tiles.append(tile("Privacy loss", f"ε = {write('epsilon', numbers['epsilon'])}", bound(run)))
     if "rounds" in numbers:
         steps = f"{numbers['client_steps']:,.0f} client steps" if "client_steps" in numbers else ""
         tiles.append(tile("Rounds", write("rounds", numbers["rounds"]), steps))
@@ -151,14 +152,12 @@ def _tiles(run: Run) -> Markup:
     return tag("dl", *tiles, class_="tiles") if tiles else Markup("")
 
 
-def _curves_card(curves: Any, spent: Picture | None) -> Markup:
+def _curves_card(curves: Any) -> Markup:
     if not curves:
         return card("Training", note="Nothing has been evaluated yet.")
     views = []
     for axis, pictures in curves:
         shown = [figure(p) for p in pictures]
-        if axis.key == "epsilon" and spent is not None:
-            shown.append(figure(spent))
         note = None
         if axis.key == "wall_s":
             note = tag("p", "Virtual time stands still on an instant network; this is wall time.", class_="note")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fl.report.claims import scope
+from fl.report.claims import bound
 from fl.report.groups import Group, group, show
 from fl.report.load import Run, number
 from fl.report.numbers import describe, in_order, spread, write
@@ -27,7 +27,7 @@ def final_rows(run: Run) -> list[tuple[str, str, str]]:
         if key == "rejected_updates" and run.rejected:
             remark = ", ".join(f"{reason} {count:,}" for reason, count in run.rejected.items())
         if key == "epsilon":
-            remark = scope([run])
+            remark = bound(run)
         rows.append((describe(key).label, write(key, run.numbers[key]), remark))
     return rows
 

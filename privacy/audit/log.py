@@ -6,8 +6,8 @@ and the same question counts once, as in the ledger.
 
 The ledger's account of a mechanism claims an epsilon at every delta. It is tested at the one, of the ledger's own and
 some smaller ones, where the audit could show most over the claim: with m canaries and a large delta it could show
-nothing, since ``2 m delta`` of them may be given away at no epsilon. Which delta it is depends on the number of canaries
-and on the claims, not on what was seen, so the bound keeps its confidence.
+nothing, since ``2 m delta`` of them may be given away at no epsilon. Which delta it is depends on the number of
+canaries and on the claims, not on what was seen, so the bound keeps its confidence.
 """
 
 from __future__ import annotations
@@ -99,14 +99,14 @@ class Log:
         scores = evidence.log_likelihood_ratios(seen[:, :m], seen[:, m:], 1.0, self.rate)
         self.newest = (name, len(seen), scores)
 
-    def verdict(self) -> Verdict | None:
+    def verdict(self, confidence: float = 0.95) -> Verdict | None:
         """The bound beside what the book claims; None if nothing was released."""
         releases = self.releases + self.newest[1]
         if releases == 0:
             return None
         guesses = one_run.default_guesses(self.canaries, self.rate)
-        delta, claimed = tested_claim(self.book, self.canaries, guesses)
-        bound = one_run.lower_bound(self.scores + self.newest[2], self.included, delta, guesses=guesses)
+        delta, claimed = tested_claim(self.book, self.canaries, guesses, confidence)
+        bound = one_run.lower_bound(self.scores + self.newest[2], self.included, delta, confidence, guesses)
         return Verdict(self.unit, self.holder, self.canaries, releases, bound, claimed)
 
     def state(self) -> dict[str, Any]:
@@ -178,8 +178,8 @@ class ClientLog(Log):
         norm = float(np.linalg.norm(release))
         self.peak = np.maximum(self.peak, along[: self.canaries] / norm if norm else 0.0)
 
-    def verdict(self) -> Verdict | None:
-        found = super().verdict()
+    def verdict(self, confidence: float = 0.95) -> Verdict | None:
+        found = super().verdict(confidence)
         if found is None:
             return None
         estimate, pooled = estimates(self.peak, self.included, found.bound.delta)
@@ -197,7 +197,7 @@ class ClientLog(Log):
 
 
 def tested_claim(
-    book: Book, canaries: int, guesses: Sequence[one_run.Guesses], confidence: float = 0.95
+    book: Book, canaries: int, guesses: Sequence[one_run.Guesses], confidence: float
 ) -> tuple[float, float]:
     """The delta at which the claim of ``book`` is tested, and the epsilon that it claims there."""
 
@@ -213,7 +213,7 @@ def tested_claim(
 def room(canaries: int, dimension: int) -> int:
     """How many of ``canaries`` fit beside `SPARE` directions. Raises `ConfigError` where `FEWEST` don't."""
     if dimension < SPARE + FEWEST:
-        allowed = f"false, where {dimension} scalars train: {FEWEST} canaries and {SPARE} spare directions need one each"
+        allowed = f"false, where {dimension} scalars train: {FEWEST} canaries and {SPARE} spare ones need one each"
         raise ConfigError("privacy.audit", True, allowed, "Use an adapter with more trainable scalars.")
     return min(canaries, dimension - SPARE)
 

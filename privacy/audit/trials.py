@@ -13,12 +13,13 @@ the choice costs half of the runs and no validity. A statistic may be 0 or 1: "t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fl.errors import ShoalError
+from privacy.audit import evidence
 from privacy.audit.result import Bound, check_level, checked, clopper_pearson
 
 
@@ -52,6 +53,21 @@ class _Event:
     def count(self, statistics: np.ndarray) -> int:
         at_least = statistics[:, self.column] >= self.threshold
         return int(np.sum(at_least if self.above else ~at_least))
+
+
+def audit_release(
+    release: Callable[[bool, int], np.ndarray], direction: np.ndarray, delta: float, runs: int, confidence: float = 0.95
+) -> Bound:
+    """The bound from ``runs`` runs of a mechanism with a canary and as many without it.
+
+    ``release(present, run)`` gives all that run ``run`` releases, ``(T, d)``, with randomness of its own; ``direction``
+    ``(d,)`` is the canary's. The events are those of `evidence.trial_statistics`, a release of exact zeros among them.
+    """
+    table = [
+        [evidence.trial_statistics(release(present, run), direction) for run in range(runs)]
+        for present in (True, False)
+    ]
+    return lower_bound(np.array(table[0]), np.array(table[1]), delta, confidence, evidence.TRIAL_STATISTICS)
 
 
 def lower_bound(

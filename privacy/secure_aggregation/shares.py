@@ -8,6 +8,7 @@ own to its share of the sum, so the sum that is opened is noisy as long as one s
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fl.config import setting
 from fl.errors import ConfigError, ShoalError
+from fl.keys import generator
 from privacy.discrete import discrete_gaussian
+from privacy.example_level import check_start
 from privacy.secure_aggregation import field
 from privacy.secure_aggregation.codec import Codec
 from privacy.secure_aggregation.norm_check import NormCheck
@@ -44,16 +47,17 @@ class ProofCodec(Codec):
         self.bound = norm_bound(size, self.scale * clip)
 
     def inside(self, update: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        """``update`` clipped to L2 norm ``clip``, in float64."""
-        norm = float(np.linalg.norm(update.astype(np.float64)))
-        return update * min(1.0, self.clip / norm) if norm else update.astype(np.float64)
+        """``update`` clipped to L2 norm ``clip``, in float64. Raises `ShoalError` where that can't be."""
+        update = update.astype(np.float64)
+        norm = float(np.linalg.norm(update))
+        return update * (self.clip / norm) if norm > self.clip else update
 
     def encode(
         self, update: np.ndarray, weight: int, rng: np.random.Generator, arrays: Mapping[str, np.ndarray]
     ) -> np.ndarray:
-        if not np.isfinite(update).all():
-            raise ShoalError("an update with numbers that are not finite can't be encoded")
-        return np.rint(self.inside(update, arrays).astype(np.float64) * self.scale).astype(np.int64)
+        if update.shape != (self.length,) or not np.isfinite(update).all():
+            raise ShoalError(f"an update must be {self.length} finite numbers")
+        return np.rint(self.inside(update, arrays) * self.scale).astype(np.int64)
 
     def decode(self, total: np.ndarray, clients: int) -> np.ndarray:
         return total.astype(np.float64) / (self.scale * clients)
@@ -92,12 +96,23 @@ class SecretShares(SecureAggregation):
         return ProofCodec(size, self.clip, clients)
 
     def check(self, settings: Settings) -> None:
-        super().check(settings)
+        from privacy.distributed import Distributed
+        from privacy.dp_brem_plus import DPBREMPlus
+
         name = type(settings.aggregator).__name__
         if not settings.aggregator.linear:
             allowed = f"with a rule of the mean update alone, which {name} is not"
-            raise ConfigError("secure_aggregation", "shares", allowed, "Use aggregator=fedavg, fedsb, fedsvd, rolora.")
-        if settings.aggregator.weights != "uniform" and type(settings.privacy).__name__ != "DPBREMPlus":
+            raise ConfigError(
+                "secure_aggregation", "shares", allowed, "Use aggregator=fedavg, fedsb, fedsvd or rolora."
+            )
+        if isinstance(settings.privacy, Distributed):
+            allowed = "secagg, where privacy=distributed: its noise is that of clients, under masks"
+            raise ConfigError("secure_aggregation", "shares", allowed, "Or use privacy=dp_brem_plus.")
+        if settings.schedule.participations() is None:
+            allowed = "a schedule in rounds, with secure_aggregation=shares"
+            raise ConfigError("schedule", type(settings.schedule).__name__, allowed)
+        check_start(settings.adapter.initialisation, "private")  # its statistics are sent in the clear
+        if settings.aggregator.weights != "uniform" and not isinstance(settings.privacy, DPBREMPlus):
             allowed = "uniform with secure_aggregation=shares: a weight would change the norm that is proved"
             raise ConfigError("aggregator.weights", settings.aggregator.weights, allowed)
         if settings.adapter.mixed_ranks:
@@ -117,12 +132,12 @@ class SecretShares(SecureAggregation):
 class Aggregator:
     """One of the servers in one round: opens its share of a client's message, and adds up what was accepted.
 
-    ``secret`` is its key, 32 bytes; ``context`` names the run and the round.
+    ``secret`` is its key, 32 bytes, which its noise comes from too; ``context`` names the run and the round.
     """
 
     def __init__(self, index: int, check: NormCheck, secret: bytes, context: str):
         self.index, self.check, self.context = index, check, context
-        self._private = X25519PrivateKey.from_private_bytes(secret)
+        self._secret, self._private = secret, X25519PrivateKey.from_private_bytes(secret)
         self._pending: dict[int, np.ndarray] = {}
         self._sum = np.zeros(check.length, np.uint64)
 
@@ -139,10 +154,16 @@ class Aggregator:
         if accepted and share is not None:
             self._sum = field.reduce(self._sum + share)
 
-    def total(self, noise: float, rng: np.random.Generator) -> np.ndarray:
-        """``(length,)``: its share of the sum, with discrete Gaussian noise of its own where ``noise`` is above 0."""
+    def total(self, noise: float) -> np.ndarray:
+        """``(length,)``: its share of the sum, with discrete Gaussian noise of its own where ``noise`` is above 0.
+
+        The same share gets the same noise, so that a round that is opened again tells nothing new; shares are uniform,
+        so another sum has another share, and gets other noise.
+        """
         if not noise:
             return self._sum
+        content = hashlib.sha256(self._sum.tobytes()).hexdigest()
+        rng = generator("share noise", derive(self._secret, "noise", self.context, repr(noise), content).hex())
         return field.reduce(self._sum + field.encode(discrete_gaussian(rng, noise, self.check.length)))
 
 

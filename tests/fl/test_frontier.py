@@ -197,11 +197,11 @@ def test_the_scope_names_unit_neighbours_delta_and_accountant(tmp_path):
 def test_no_epsilon_of_a_run_stands_alone(tmp_path):
     run = load_run(claim(write_run(tmp_path, epsilon=2.0)))
     rows = {name: (value, remark) for name, value, remark in final_rows(run)}
-    assert rows["Privacy loss epsilon"] == ("2.00", scope([run]))
+    assert rows["Privacy loss epsilon"] == ("2.00", "for one example of one client, delta 0.0036")
     assert axes_of([run])[-1].label == "epsilon spent for one example of one client"
     write_report([tmp_path], tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text())
-    assert f"ε = 2.00 {scope([run])}" in page.text
+    assert "ε = 2.00 for one example of one client, delta 0.0036" in page.text
 
 
 def test_the_statement_is_a_table_with_every_part_and_the_holders_folded(tmp_path):

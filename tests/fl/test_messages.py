@@ -14,6 +14,7 @@ from fl.messages import (
     EvaluateReply,
     EvaluateRequest,
     MalformedMessage,
+    SecureRequest,
     TrainReply,
     TrainRequest,
     freeze,
@@ -54,6 +55,52 @@ def test_a_train_reply_comes_back_bit_for_bit(wire):
     assert got.update.tobytes() == VECTOR.tobytes()
     assert (got.examples, got.steps, got.tokens, got.loss, got.extra) == (40, 5, 900, 0.5, {"k": 2})
     assert (got.client, got.round, got.version, got.layout) == (3, 7, 6, "abc")
+
+
+ARRAYS = {
+    "uint8": np.array([0, 255, 7], np.uint8),
+    "uint32": np.array([0, 2**32 - 1], np.uint32),
+    "uint64": np.array([2**64 - 1, 1], np.uint64),
+    "float32": VECTOR,
+    "empty": np.zeros(0, np.uint32),
+}
+
+
+@pytest.mark.parametrize("wire", [False, True])
+@pytest.mark.parametrize("kind", [TrainRequest, SecureRequest])
+def test_named_arrays_come_back_bit_for_bit(kind, wire):
+    sent = kind(3, 7, 6, VECTOR, "abc", {"stage": "keys"}, ARRAYS)
+    for message in (sent, reply(arrays=ARRAYS)):
+        record = over_a_wire(message.to_record()) if wire else message.to_record()
+        got = type(message).from_record(record)
+        assert got.arrays.keys() == ARRAYS.keys()
+        for name, array in ARRAYS.items():
+            assert (got.arrays[name].dtype, got.arrays[name].tobytes()) == (array.dtype, array.tobytes())
+
+
+def test_without_named_arrays_a_message_is_what_it_was():
+    assert set(reply().to_record()) == {"state", "header", "metrics"}
+    assert reply().to_record().keys() | {"arrays"} == reply(arrays=ARRAYS).to_record().keys()
+
+
+def test_the_size_of_named_arrays_is_counted():
+    for arrays in (ARRAYS, {"masked": np.zeros(100_000, np.uint32)}, {"x": np.zeros(0, np.uint8)}):
+        record = reply(arrays=arrays).to_record()
+        assert payload_bytes(record) == len(recorddict_to_proto(record).SerializeToString())
+
+
+@pytest.mark.parametrize("bad", [np.zeros(3), np.zeros((2, 2), np.uint8), np.zeros(3, np.int32), np.array(["a"])])
+def test_arrays_of_other_kinds_are_not_sent(bad):
+    with pytest.raises(TypeError, match="array x must be 1-d of float32"):
+        reply(arrays={"x": bad}).to_record()
+
+
+@pytest.mark.parametrize("wire", [False, True])
+def test_a_loss_that_is_kept_secret_is_not_in_the_message(wire):
+    record = reply(loss=None).to_record()
+    assert "loss" not in record["metrics"]
+    assert TrainReply.from_record(over_a_wire(record) if wire else record).loss is None
+    assert payload_bytes(record) < payload_bytes(reply().to_record())
 
 
 @pytest.mark.parametrize("wire", [False, True])
@@ -185,6 +232,10 @@ def broken(name, value):
     return change
 
 
+def named(data, dtype="uint32", stype=None, shape=None) -> Array:
+    return Array(dtype, shape or (len(data) // 4,), stype or f"shoal.{dtype}", data)
+
+
 BROKEN = {
     "no state": (broken("state", None), "schema"),
     "no header": (broken("header", None), "schema"),
@@ -215,6 +266,12 @@ BROKEN = {
     "examples is true": (broken("metrics.examples", True), "schema"),
     "loss is a list": (broken("metrics.loss", [0.5]), "schema"),
     "one metric too many": (broken("metrics.accuracy", 1.0), "schema"),
+    "arrays are a header": (broken("arrays", ConfigRecord({"x": 1})), "schema"),
+    "an array of another type": (broken("arrays", ArrayRecord({"x": named(bytes(8), "int64")})), "schema"),
+    "an array of another stype": (broken("arrays", ArrayRecord({"x": named(bytes(8), stype="npy")})), "schema"),
+    "an array that is not whole": (broken("arrays", ArrayRecord({"x": named(bytes(7))})), "shape"),
+    "an array of another shape": (broken("arrays", ArrayRecord({"x": named(bytes(8), shape=(3,))})), "shape"),
+    "an array that is a matrix": (broken("arrays", ArrayRecord({"x": named(bytes(8), shape=(1, 2))})), "shape"),
 }
 
 

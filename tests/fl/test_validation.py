@@ -7,7 +7,7 @@ from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 
 from fl.keys import generator
-from fl.messages import EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
+from fl.messages import BUDGET, EvaluateReply, EvaluateRequest, SecureRequest, TrainReply, TrainRequest
 from fl.validation import Reason, Rejection, Validator
 
 SIZE = 6
@@ -226,3 +226,73 @@ def test_random_bytes_for_a_vector_never_raise():
 def test_the_reasons_are_a_fixed_list():
     names = "unexpected duplicate late budget error schema version layout shape not_finite too_large weight proof"
     assert [reason.value for reason in Reason] == names.split()
+
+
+# Named arrays, kept losses, spent budgets
+
+MASKED = np.arange(4, dtype=np.uint32)
+NOTHING = np.zeros(0, np.float32)
+
+
+def masked(arrays=None, wanted=("uint32", 4), **changes):
+    """What a validator says that expects the array ``masked`` in place of an update."""
+    made = validator(size=0, arrays=lambda r: {"masked": wanted} if r.round == 7 else {})
+    given = {"masked": MASKED} if arrays is None else arrays
+    return made.check(reply(update=NOTHING, arrays=given, **changes), request())
+
+
+def test_the_arrays_that_are_asked_for_are_accepted():
+    assert isinstance(masked(), TrainReply)
+    np.testing.assert_array_equal(masked().arrays["masked"], MASKED)
+    assert isinstance(masked(wanted=("uint32", -1)), TrainReply)  # any length
+    assert isinstance(masked({"masked": MASKED[:0]}, ("uint32", -1)), TrainReply)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "reason"),
+    [
+        ({}, Reason.SCHEMA),
+        ({"other": MASKED}, Reason.SCHEMA),
+        ({"masked": MASKED, "other": MASKED}, Reason.SCHEMA),
+        ({"masked": MASKED[:3]}, Reason.SHAPE),
+        ({"masked": np.append(MASKED, MASKED)}, Reason.SHAPE),
+        ({"masked": MASKED.astype(np.uint64)}, Reason.SHAPE),
+        ({"masked": MASKED.astype(np.float32)}, Reason.SHAPE),
+        ({"masked": np.arange(16, dtype=np.uint8)}, Reason.SHAPE),
+    ],
+)
+def test_other_arrays_are_rejected(arrays, reason):
+    assert masked(arrays).reason == reason
+
+
+def test_arrays_that_nobody_asked_for_are_rejected():
+    assert validator().check(reply(arrays={"masked": MASKED}), request()).reason == Reason.SCHEMA
+    other = validator(size=0, arrays=lambda r: {"masked": ("uint32", 4)} if r.round != 7 else {})
+    assert other.check(reply(update=NOTHING, arrays={"masked": MASKED}), request()).reason == Reason.SCHEMA
+
+
+def test_an_update_in_the_clear_beside_a_masked_one_is_rejected():
+    made = validator(size=0, arrays=lambda r: {"masked": ("uint32", 4)})
+    assert made.check(reply(arrays={"masked": MASKED}), request()).reason == Reason.SHAPE
+
+
+def test_a_loss_may_be_kept_secret_by_a_client():
+    got = validator().check(reply(loss=None), request())
+    assert isinstance(got, TrainReply) and got.loss is None
+
+
+def test_a_client_whose_budget_is_spent_is_told_from_one_that_fails():
+    got = validator().check(message(error=Error(2, f"{BUDGET}: epsilon 3 is reached")), request())
+    assert got == Rejection(Reason.BUDGET, f"{BUDGET}: epsilon 3 is reached")
+    assert validator().check(message(error=Error(2, f"no {BUDGET}")), request()).reason == Reason.ERROR
+    assert validator().check(message(error=Error(2, f"{BUDGET}")), request(), late=True).reason == Reason.LATE
+
+
+def test_a_stage_and_the_training_of_a_round_are_two_jobs():
+    made = validator(size=0)
+    stage = SecureRequest(3, 7, 6, NOTHING, "abc", {"stage": "keys"})
+    assert isinstance(made.check(reply(update=NOTHING), stage), TrainReply)
+    assert isinstance(made.check(reply(update=NOTHING), request()), TrainReply)
+    assert made.check(reply(update=NOTHING), stage).reason == Reason.DUPLICATE
+    made.forget(8)
+    assert isinstance(made.check(reply(update=NOTHING), stage), TrainReply)

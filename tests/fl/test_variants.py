@@ -246,3 +246,32 @@ def test_the_error_of_a_job_says_which_variant_it_is(duel):
     assert str(named(ConfigError("a", 0, "b"), job)) == "a=0 is not allowed: b. This is variant large."
     plain = plan(["seed=0"]).jobs[0]
     assert named(error, plain) is error
+
+
+def test_the_sweep_of_privacy_utility_is_one_line_and_its_adapters_fit_its_settings():
+    words = "privacy.epsilon=0.5,1,2,4,8 adapter=lora,ffa,lora_sb seed=0,1,2"
+    planned = plan(["experiment=privacy_utility", *words.split()])
+    assert len(planned.jobs) == 45 and not planned.compares_variants
+    kinds = set()
+    for job in planned.jobs[::3]:
+        settings = Settings.of(compose(job.words)[0])
+        assert settings.privacy.epsilon == float(job.varied["privacy.epsilon"])
+        kinds.add((job.varied["adapter"], type(settings.adapter).__name__, settings.local.lr))
+    assert kinds == {("lora", "LoRA", 2.0), ("ffa", "FFA", 2.0), ("lora_sb", "BRA", 2.0)}
+
+
+def test_the_private_comparison_has_every_scheme_at_every_epsilon():
+    planned = plan(["experiment=private_lowrank_comparison"])
+    assert {job.varied["privacy.epsilon"] for job in planned.jobs} == {"1", "3", "6"}
+    assert {job.varied["seed"] for job in planned.jobs} == {"0", "1", "2"}
+    starts = {}
+    for job in planned.jobs:
+        if (job.varied["privacy.epsilon"], job.varied["seed"]) == ("1", "0"):
+            settings = Settings.of(compose(job.words)[0])
+            start = settings.adapter.initialisation
+            starts[job.variant] = (type(settings.adapter).__name__, getattr(start, "source", None))
+            assert type(settings.privacy).__name__ == "DPSGD"
+    assert starts == {
+        "fedit": ("LoRA", None), "ffa": ("FFA", None), "ffa_orthonormal": ("FFA", None), "fedsvd": ("FFA", None),
+        "fed_sb_public": ("BRA", "public"), "fed_sb_private": ("BRA", "private"),
+    }  # fmt: skip

@@ -73,6 +73,16 @@ def test_noise_is_the_contents_and_replays():
         assert abs(np.corrcoef(first, other)[0, 1]) < 5.4 / math.sqrt(2000)  # above with probability 7e-8
 
 
+def test_a_request_that_comes_twice_is_answered_with_the_same_noise():
+    guard, vector = guard_of(given(1.0)), np.zeros(2000)
+    guard.job(3, 1, "request", ALL, {})
+    first = guard.release(reply(vector), ALL[:2000]).update
+    again = guard.release(reply(vector + 1e-9), ALL[:2000]).update
+    np.testing.assert_allclose(first, again, atol=2e-9, rtol=0)
+    guard.job(3, 1, "another", ALL, {})
+    assert abs(np.corrcoef(first, guard.release(reply(vector), ALL[:2000]).update)[0, 1]) < 5.4 / math.sqrt(2000)
+
+
 def test_nothing_else_leaves():
     told = guard_of(given(1.0)).release(reply(np.ones(5, np.float32)), ALL[:5])
     assert (told.loss, told.tokens, told.examples) == (None, 0, 1)

@@ -29,6 +29,8 @@ from clients.local.private import CLIPPING, AdaptiveClip, Private, clipping_grou
 from clients.local.proximal import FedProx
 from clients.local.sora import SoRATraining
 from clients.local.training import CLIP, LocalTraining, Work
+from clients.trainer import Plan
+from clients.tuning import Probe
 from tests.oracles.cohorts import ADAPTERS, apart, build, states
 from tests.oracles.dp_sgd import Opacus, clipped_sum, samples_alone
 from tests.oracles.models import batches, token_set
@@ -417,7 +419,8 @@ def test_a_gradient_that_is_not_finite_counts_for_nothing(value):
 
 def test_a_gradient_of_zero_and_one_within_the_clip_norm_stay_as_they_are():
     grads = torch.tensor([[0.0, 0.0], [0.3, 0.4]], dtype=torch.float64)
-    assert torch.equal(given([grads], job(0.5, expected=2)), torch.tensor([[0.15, 0.2]], dtype=torch.float64))
+    for clip in (0.5, 0.8, 100.0):
+        assert torch.equal(given([grads], job(clip, expected=2)), torch.tensor([[0.15, 0.2]], dtype=torch.float64))
 
 
 def followed(start: float, quantile: float, steps: int = 300, noise: float = 5.0) -> float:
@@ -482,3 +485,14 @@ def test_the_private_gradient_of_a_job_without_privacy_is_the_cohorts_own():
     plain[0].private = None
     mine, expected = private.gradients(cohort, at, batch, plain, 0), cohort.gradients(at, batch)
     assert torch.equal(mine[0], expected[0]) and torch.equal(mine[1], expected[1])
+
+
+def test_a_plan_for_private_jobs_is_measured_on_private_steps(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Cohort, "each_sample", lambda c, *a: seen.append(len(a[0])) or iter(()))
+    probe = Probe(lambda *_: build("bert", dtype=torch.float32), batches("classification", [2]), SGD(), private=job())
+    probe.seconds(Plan(), 3, repeats=1)
+    assert seen == [3, 3]
+    probe.private = None
+    probe.seconds(Plan(), 3, repeats=1)
+    assert seen == [3, 3]
