@@ -67,6 +67,11 @@ class PrivateBench(Bench):
             out.append(Batch((whole.input_ids * mask)[:, :width], mask[:, :width], labels))
         return out
 
+    def _kept(self, key: tuple, build: Callable[[], object]) -> object:
+        if key not in self.cache:  # all of them: loading takes longer than a step
+            self.cache[key] = build()
+        return self.cache[key]
+
     def probe(self, private: bool) -> tuning.Probe:
         mechanism = Private(1.0, 1.0, self.samples, ("benchmark",)) if private else None
         return tuning.Probe(self.make, self.batches(self.clients), AdamW(), private=mechanism)

@@ -144,7 +144,7 @@ def _losses(scores: Scores) -> np.ndarray:
 def _worst(
     scores: np.ndarray, owner: np.ndarray, labels: np.ndarray | None, delta: float
 ) -> tuple[int, Membership] | None:
-    """The client whose members the attack tells best from others of the same labels.
+    """The client whose members the attack tells best from as many others of the same labels.
 
     Without equal labels a client with one label would look exposed to an attack that knows nothing but the labels. The
     interval is corrected for the choice among the clients.
@@ -154,20 +154,24 @@ def _worst(
     found = []
     clients = np.unique(owner)
     for client in clients:
-        mine = np.flatnonzero(owner == client)
-        alike = others if labels is None else _alike(labels, mine, others)
+        mine, alike = np.flatnonzero(owner == client), others
+        if labels is not None:
+            mine, alike = _alike(labels, mine, others)
         if min(len(mine), len(alike)) >= FEWEST:
             level = 1 - (1 - CONFIDENCE) / len(clients)
             found.append((int(client), attack(scores[mine], scores[alike], delta, level, SCORES[1])))
     return max(found, key=lambda pair: pair[1].auc.value) if found else None
 
 
-def _alike(labels: np.ndarray, members: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """As many of ``others`` as have the labels of ``members`` in the same shares."""
-    kinds, counts = np.unique(labels[members], return_counts=True)
-    there = [others[labels[others] == kind] for kind in kinds]
-    share = min(len(some) / count for some, count in zip(there, counts, strict=True))
-    return np.concatenate([some[: int(share * count)] for some, count in zip(there, counts, strict=True)])
+def _alike(labels: np.ndarray, members: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As many of ``members`` as of ``others`` of each label."""
+    mine, alike = [], []
+    for kind in np.unique(labels[members]):
+        there = members[labels[members] == kind], others[labels[others] == kind]
+        count = min(map(len, there))
+        mine.append(there[0][:count])
+        alike.append(there[1][:count])
+    return np.concatenate(mine), np.concatenate(alike)
 
 
 def _plain(found: Membership) -> dict[str, Any]:

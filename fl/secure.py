@@ -38,11 +38,12 @@ if TYPE_CHECKING:
 KEYS, SHARES, UNMASK = "keys", "shares", "unmask"
 MASKED = "masked"
 Codecs = Callable[[int], Codec]  # of a round
+_WAY_OUT = "`shoal run --resume DIR` tries the round again, with what was changed in DIR/config.yaml."
 
 
 def context(seed: int, round: int) -> str:
     """What the messages of one round are bound to."""
-    return f"shoal {seed} round {round}"
+    return f"round {round} of the run with seed {seed}"
 
 
 class Plain:
@@ -150,9 +151,6 @@ class SecureRound(Plain):
                 end = max(end, start + job.total)
         world.clock.advance(end)
         return answers
-
-
-_WAY_OUT = "`shoal run --resume DIR` tries the round again, with what was changed in DIR/config.yaml."
 
 
 def _lost(round: int, error: ShoalError) -> RunStopped:

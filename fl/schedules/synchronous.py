@@ -76,6 +76,7 @@ class Synchronous(Schedule):
             queue.push(start + ticks(self.deadline_s), Priority.SERVER_TICK)
         updates: list[Update] = []
         rejected: Counter[str] = Counter()
+        first = ""  # why the first rejected reply was
         totals: Counter[str] = Counter()
         quota = world.sampling.quota(world.per_round)
         over, waiting, end = False, len(replies), start
@@ -105,6 +106,7 @@ class Synchronous(Schedule):
                 updates.append(world.update(checked, server, start, event.time))
             else:
                 rejected[checked.reason.value] += 1
+                first = first or f" (the first: {checked.detail})"
             yield _client_event(round, server.version, event.client, event.time, checked, arrival)
             over = over or (quota is not None and len(updates) >= quota)
         world.clock.advance(end)
@@ -112,7 +114,8 @@ class Synchronous(Schedule):
         if asked and len(updates) < self.min_clients and not world.guard.counts_secret:
             raise RunStopped(
                 f"Round {round} has {len(updates)} accepted updates of {len(asked)} clients asked; "
-                f"schedule.min_clients is {self.min_clients}. Rejected: {dict(sorted(rejected.items())) or 'none'}. "
+                f"schedule.min_clients is {self.min_clients}. Rejected: "
+                f"{dict(sorted(rejected.items())) or 'none'}{first}. "
                 f"{_WAY_OUT}"
             )
         new, error = server, None

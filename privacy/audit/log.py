@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SPARE = 64  # directions that no canary has, on which each release's noise is measured
 FEWEST = 32  # canaries: what fewer could show is next to nothing
-DELTAS = (1e-3, 1e-4, 1e-5)  # at which a claim is tested where its own delta is larger
+DELTAS = tuple(10.0**-k for k in range(3, 13))  # at which a claim is tested where its own delta is larger
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Log:
         if releases == 0:
             return None
         guesses = one_run.default_guesses(self.canaries, self.rate)
-        delta, claimed = tested_claim(self.book, self.canaries, guesses, confidence)
+        delta, claimed = claim_to_test(self.book, self.canaries, guesses, confidence)
         bound = one_run.lower_bound(self.scores + self.newest[2], self.included, delta, confidence, guesses)
         return Verdict(self.unit, self.holder, self.canaries, releases, bound, claimed)
 
@@ -136,8 +136,9 @@ class ClientLog(Log):
     """The log of a trusted server, whose canaries are clients beside the ``clients`` there are.
 
     Each sends a random unit vector, `RAW` times as long as C, which the server clips as it clips any update. A canary
-    that is in is asked in each round with probability ``rate``, or, where the claim counts participations, in the first
-    ``most`` rounds that are ``separation`` apart: as much as any client may.
+    that is in is asked in each round with probability ``rate``, or, where noise is a tree's (``most`` is given), in the
+    first ``most`` rounds that are ``separation`` apart: as much as any client may. Tree noise is undone first: a round
+    and the smaller nodes that it completes a node with add up to that node's own sum and noise, which no other has.
     """
 
     unit = "client"
@@ -156,11 +157,11 @@ class ClientLog(Log):
         super().__init__(seed, canaries, rate, "the server", book)
         self.clients, self.most, self.separation, self.adaptive = clients, most, separation, adaptive
         self.peak = np.full(canaries, -1.0)  # each canary's largest cosine with a release
+        self.nodes: dict[int, tuple[int, np.ndarray]] = {}  # of a tree, by level: participations, and what was seen
 
     def updates(self, round: int, version: int, size: int, clip: float) -> list[Update]:
         """The canaries' updates ``(size,)`` of ``round``."""
-        count, rest = divmod(round - 1, self.separation)
-        if rest or (self.most is not None and count >= self.most):
+        if not self._asked(round):
             return []
         taken = self.included & (generator(self.seed, "audit sampling", round).random(self.canaries) < self.rate)
         lengths = np.full(self.canaries, RAW * clip)
@@ -174,7 +175,9 @@ class ClientLog(Log):
     def see(self, round: int, release: np.ndarray, one: float) -> None:
         """Count the ``release`` ``(n,)`` of ``round``, which a canary moves by ``one`` along its direction."""
         along = np.array([self._direction(i, len(release)) @ release for i in range(self.canaries + SPARE)])
-        self.add((round,), along[None] / one)
+        count, row = self._node(int(self._asked(round)), along / one)
+        if count:
+            self.add((round,), row[None] / count)
         norm = float(np.linalg.norm(release))
         self.peak = np.maximum(self.peak, along[: self.canaries] / norm if norm else 0.0)
 
@@ -185,18 +188,36 @@ class ClientLog(Log):
         estimate, pooled = estimates(self.peak, self.included, found.bound.delta)
         return replace(found, estimate=estimate, pooled=pooled)
 
+    def _asked(self, round: int) -> bool:
+        count, rest = divmod(round - 1, self.separation)
+        return rest == 0 and (self.most is None or count < self.most)
+
+    def _node(self, count: int, row: np.ndarray) -> tuple[int, np.ndarray]:
+        """The newest round's participations and what it shows; of a tree, those of the node that it completes."""
+        if self.most is None:
+            return count, row
+        leaf = self.book.steps
+        level = (leaf & -leaf).bit_length() - 1
+        for smaller in range(level):
+            times, other = self.nodes.pop(smaller)
+            count, row = count + times, row + other
+        self.nodes[level] = (count, row)
+        return count, row
+
     def _direction(self, i: int, size: int) -> np.ndarray:
         return direction(i, size, self.seed, "audit directions")
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "peak": self.peak.tolist()}
+        nodes = {str(level): [times, row.tolist()] for level, (times, row) in self.nodes.items()}
+        return {**super().state(), "peak": self.peak.tolist(), "nodes": nodes}
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
         self.peak = np.array(state["peak"])
+        self.nodes = {int(level): (times, np.array(row)) for level, (times, row) in state["nodes"].items()}
 
 
-def tested_claim(
+def claim_to_test(
     book: Book, canaries: int, guesses: Sequence[one_run.Guesses], confidence: float
 ) -> tuple[float, float]:
     """The delta at which the claim of ``book`` is tested, and the epsilon that it claims there."""

@@ -93,11 +93,16 @@ class SecAggPlus(SecureAggregation):
                 f"drop out, which are {late:.0%} of the clients asked",
                 f"Set secure_aggregation.dropout={math.ceil(late * 100) / 100:g} or more.",
             )  # fmt: skip
-        number = settings.clients.number
-        per_round = settings.clients.per_round or number
-        if per_round is not None:
-            asked = sampling.asked(per_round)
+        number, per_round = settings.clients.number, settings.clients.per_round
+        if per_round is None and number is None:
+            return
+        asked = sampling.asked(per_round or number or 0)
+        try:
             self.topology.plan(asked if number is None else min(number, asked))
+        except ConfigError as error:
+            key = "clients.number" if per_round is None else "clients.per_round"
+            way_out = "Use more clients, or a smaller secure_aggregation.colluding or dropout."
+            raise ConfigError(key, per_round or number, error.allowed, way_out) from error
 
     def statement(self) -> str:
         t = self.topology

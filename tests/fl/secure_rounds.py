@@ -262,7 +262,7 @@ def remember(monkeypatch) -> None:
     mask = Participant.mask
 
     def noting(self, vector, inbox):
-        ENCODED[self.client, int(self.context.split()[-1])] = vector.copy()
+        ENCODED[self.client, int(self.context.split()[1])] = vector.copy()
         return mask(self, vector, inbox)
 
     monkeypatch.setattr(Participant, "mask", noting)

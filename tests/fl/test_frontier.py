@@ -137,7 +137,7 @@ def test_a_marker_s_area_is_the_traffic_of_a_run(tmp_path, monkeypatch):
 
     folder = claim(write_sweep(tmp_path, {"privacy.epsilon": [1, 2], "adapter": ["lora", "ffa"], "seed": [0]}))
     for name in "13":  # ffa, which is the first line
-        edit(folder / name, lambda info: info["final"].update(bytes_up=STATE_BYTES, bytes_down=0))
+        edit(folder / name, lambda info: info["final"].update(bytes_up=25 * STATE_BYTES, bytes_down=0))
     areas: dict[str, list[float]] = {}
     scatter = Axes.scatter
 
@@ -152,9 +152,9 @@ def test_a_marker_s_area_is_the_traffic_of_a_run(tmp_path, monkeypatch):
     traffic = [
         line.points[0][1].statistics("bytes_up")[1] + line.points[0][1].statistics("bytes_down")[1] for line in lines
     ]
-    assert traffic == [STATE_BYTES, 100 * STATE_BYTES]
-    assert large[0] == large[1] and small[0] == small[1] == max(SMALLEST, large[0] / 100)
-    assert "29.8 MB a run" in picture.svg and "298 kB a run" in picture.svg
+    assert traffic == [25 * STATE_BYTES, 100 * STATE_BYTES]
+    assert large[0] == large[1] and small[0] == small[1] == large[0] / 4 > SMALLEST
+    assert "29.8 MB a run" in picture.svg and "7.45 MB a run" in picture.svg
 
 
 def test_the_table_has_a_column_an_epsilon_and_the_bytes(sweep):

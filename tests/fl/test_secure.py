@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from flwr.app import Message
+from flwr.app.message import make_message
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -273,6 +274,8 @@ def test_masks_are_new_in_every_process_but_answers_repeat():
     assert other.answer(asked(KEYS, b""))["message"].tobytes() != first
     assert one.answer(asked(KEYS, b"", round=2))["message"].tobytes() != first
     assert one.answer(asked(KEYS, b"", client=1, round=2))["message"].tobytes() != first
+    jobs = [(0, 2), (0, 3), (1, 2), (1, 3)]
+    assert len({one._participant(client, round)._secret for client, round in jobs}) == 4  # each serves one round
 
 
 def test_a_round_that_is_over_is_not_taken_up_again():
@@ -355,20 +358,7 @@ def test_a_node_survives_every_message(stage, extra, arrays, client, round, prep
 def test_a_server_survives_every_reply(where, change, at):
     """A malformed reply is a dropout or stops the round; a sum that is given is that of the clients counted."""
     world = make(6)
-    pull = world.grid.pull_messages
-    stages = iter([KEYS, SHARES, "train", UNMASK])
-
-    def altering(ids):
-        replies = pull(ids)
-        if next(stages) == where:
-            for i, message in enumerate(replies):
-                if message.metadata.src_node_id == world.nodes[2]:
-                    replies[i] = Message(altered(message, change, at), reply_to=message)
-                    replies[i].metadata.__dict__["_reply_to_message_id"] = message.metadata.reply_to_message_id
-                    replies[i].metadata.__dict__["_src_node_id"] = message.metadata.src_node_id
-        return replies
-
-    world.grid.pull_messages = altering
+    world.grid.pull_messages = altering(world, where, change, at)
     try:
         events = play(world)
     except RunStopped:
@@ -381,12 +371,38 @@ def test_a_server_survives_every_reply(where, change, at):
     assert error.max() < 1e-6
 
 
+@pytest.mark.parametrize("at", [32, 63])
+def test_a_mask_key_that_is_not_the_clients_own_stops_the_round(at):
+    """Its masks don't cancel, and the sum is noise: that is seen, and the model stays as it was."""
+    world = make(6)
+    world.grid.pull_messages = altering(world, KEYS, "flip", 8 * at + 1)
+    before = world.server
+    with pytest.raises(RunStopped, match=r"Round 1 has no sum: What was unmasked is not the sum of 6 encoded updates"):
+        play(world)
+    assert world.server is before
+
+
+def altering(world, where: str, change: str, at: int):
+    """The grid's `pull_messages`, which changes what client 2 says in the stage ``where``."""
+    pull, stages = world.grid.pull_messages, iter([KEYS, SHARES, "train", UNMASK])
+
+    def pulled(ids):
+        replies = pull(ids)
+        if next(stages) == where:
+            for i, message in enumerate(replies):
+                if message.metadata.src_node_id == world.nodes[2]:
+                    replies[i] = make_message(message.metadata, content=altered(message, change, at))
+        return replies
+
+    return pulled
+
+
 def altered(message: Message, change: str, at: int):
     reply = TrainReply.from_record(message.content)
     ((name, array),) = reply.arrays.items()
     data = bytearray(array.tobytes())
     if change == "flip":
-        data[at % len(data)] ^= 1 << at % 8
+        data[at // 8 % len(data)] ^= 1 << at % 8
     made = {
         "dtype": {name: np.frombuffer(bytes(data[: len(data) // 8 * 8]), "<u8")},
         "cut": {name: array[: at % len(array)]},

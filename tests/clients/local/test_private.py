@@ -362,7 +362,10 @@ def test_pieces_hold_every_sample_once_no_wider_than_the_longest_of_like_length(
         assert float(lengths.min()) >= clients.cohort.LIKE * float(lengths.max())
         assert torch.equal(piece.attention_mask[:, 0].sum(-1), batch.attention_mask[slots, places].sum(-1))
     monkeypatch.setattr(clients.cohort, "PIECE_TOKENS", 1 << 20)
-    assert len(list(batch.samples(most=100))) == 1
+    batch.keys, batch.offsets = [("a",), ("b",), ("c",)], [0, 5, 2]
+    ((slots, places, piece),) = batch.samples(most=100)
+    assert piece.keys == [batch.keys[s] for s in slots.tolist()]  # a sample keeps the place that names its masks
+    assert piece.offsets == [[0, 5, 2][s] + j for s, j in zip(slots.tolist(), places.tolist(), strict=True)]
 
 
 def test_accumulation_bounds_the_samples_of_a_pass(monkeypatch):

@@ -10,7 +10,8 @@ from fl.keys import generator
 from privacy.accounting import SampledGaussian
 from privacy.audit import one_run
 from privacy.audit.client import directions
-from privacy.audit.log import FEWEST, SPARE, ClientLog, ExampleLog, log_of, room, tested_claim
+from privacy.audit.evidence import log_likelihood_ratios
+from privacy.audit.log import DELTAS, FEWEST, SPARE, ClientLog, ExampleLog, claim_to_test, log_of, room
 from privacy.base import Guard
 from privacy.ledger import Book
 
@@ -77,11 +78,12 @@ def test_a_claim_at_a_large_delta_is_tested_where_the_audit_can_show_most():
     guesses = one_run.default_guesses(M)
     large = book(delta=0.1)
     assert one_run.ceiling(M, guesses, 0.1) == 0
-    delta, claimed = tested_claim(large, M, guesses, 0.95)
-    margins = {d: one_run.ceiling(M, guesses, d) - book(delta=d).epsilon for d in (1e-3, 1e-4, 1e-5)}
+    delta, claimed = claim_to_test(large, M, guesses, 0.95)
+    margins = {d: one_run.ceiling(M, guesses, d) - book(delta=d).epsilon for d in DELTAS}
     assert delta == max(margins, key=margins.get)
     assert claimed == pytest.approx(book(delta=delta).epsilon)
-    assert tested_claim(book(delta=1e-6), M, guesses, 0.95) == (1e-6, pytest.approx(book(delta=1e-6).epsilon))
+    tiny = book(delta=1e-12)
+    assert claim_to_test(tiny, M, guesses, 0.95) == (1e-12, pytest.approx(tiny.epsilon))
 
 
 def test_room_for_canaries():
@@ -148,3 +150,27 @@ def test_a_server_log_remembers_peaks_through_a_checkpoint():
     assert other.verdict() == made.verdict()
     made.see(5, np.zeros(50), 0.5)
     assert np.array_equal(made.peak, np.maximum(other.peak, 0))
+
+
+def test_tree_noise_is_undone():
+    """Scores are those of the tree's nodes: what a node sums, and noise that is its own."""
+    made = clients(most=6)
+    unit = directions(M + SPARE, 50, 3, "audit directions")
+    rng = generator("tree")
+    nodes, sums, before, expected = {}, [], np.zeros(50), np.zeros(M)
+    for leaf in range(1, 8):
+        made.book.steps = leaf
+        sums.append(rng.standard_normal(50))
+        level = (leaf & -leaf).bit_length() - 1
+        nodes = {h: node for h, node in nodes.items() if h > level}
+        noise = rng.standard_normal(50)
+        nodes[level] = sum(sums[leaf - 2**level :]) + noise
+        prefix = sum(nodes.values())
+        made.see(leaf, prefix - before, 0.5)
+        before = prefix
+        count = min(leaf, 6) - min(leaf - 2**level, 6)  # participations within the node
+        if count:
+            row = (unit @ nodes[level])[None] / 0.5 / count
+            expected += log_likelihood_ratios(row[:, :M], row[:, M:], 1.0)
+    assert made.verdict().releases == 6  # the seventh round's node has no canary
+    assert np.allclose(made.scores + made.newest[2], expected)

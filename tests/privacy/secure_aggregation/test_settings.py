@@ -49,8 +49,8 @@ REFUSED = {
     "a start from one client": (with_start(made(), "client"), "adapter.init.source", "public or private"),
     "poisson sampling": (made(sampling=Poisson()), "sampling", "fixed or available"),
     "over-selection": (made(sampling=Fixed(0.2)), "sampling.over_selection", "dropout=0.1"),
-    "two clients": (made(clients=2), "clients", "neighbours that stay"),
-    "two a round": (made(clients=8, per_round=2), "clients", "neighbours that stay"),
+    "two clients": (made(clients=2), "clients.number", "neighbours that stay"),
+    "two a round": (made(clients=8, per_round=2), "clients.per_round", "neighbours that stay"),
 }  # fmt: skip
 
 
