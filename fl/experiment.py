@@ -40,6 +40,7 @@ from fl.schedules.base import Schedule
 from fl.secure import Codecs, SecureClients, make_codecs
 from fl.shares import SharedClients
 from fl.trackers.base import Tracker
+from privacy import example_level
 from privacy.base import Guard, Privacy
 from privacy.secure_aggregation.settings import SecAggPlus, SecureAggregation
 from privacy.secure_aggregation.shares import SecretShares
@@ -274,10 +275,8 @@ class Experiment:
     def guard(self) -> Guard:
         """What keeps the privacy claim: the client half acts in `node`, the server half in the schedule."""
         sizes = [len(part) for part in self.data.parts]
-        every = np.concatenate(self.data.parts)
-        if self.settings.privacy.unit is not None and len(np.unique(every)) < len(every):
-            allowed = "one in which no two clients hold the same example: its holders' budgets would add up"
-            raise ConfigError("partition", type(self.settings.partition).__name__, allowed)
+        if self.settings.privacy.unit == "example":
+            example_level.check_disjoint(self.data.parts)
         return self.settings.privacy.guard(self.settings, sizes, self.trainer.worker.cohort.space)
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fl.experiment import Settings
 
 
-def check(settings: Settings, unit: str = "example") -> None:
+def check(settings: Settings) -> None:
     """Raise `ConfigError` for what no mechanism of examples accounts for."""
     if settings.schedule.participations() is None:
         raise ConfigError(

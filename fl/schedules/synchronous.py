@@ -111,7 +111,9 @@ class Synchronous(Schedule):
             over = over or (quota is not None and len(updates) >= quota)
         world.clock.advance(end)
         world.validator.forget(round)
-        if asked and len(updates) < self.min_clients and not world.guard.counts_secret:
+        # Clients that have spent their budgets are not missing: those of another round may have some left.
+        counted = len(updates) + rejected[Reason.BUDGET.value]
+        if asked and counted < self.min_clients and not world.guard.counts_secret:
             raise RunStopped(
                 f"Round {round} has {len(updates)} accepted updates of {len(asked)} clients asked; "
                 f"schedule.min_clients is {self.min_clients}. Rejected: "
