@@ -94,9 +94,15 @@ class PrefixCache:
         assert self._captured is not None
         return self._captured
 
-    def fill(self) -> None:
-        """Compute the hidden states of every example; again if the base has changed."""
+    def fill(self, known: dict[str, Tensor] | None = None) -> None:
+        """Compute the hidden states of every example; again if the base has changed.
+
+        ``known`` are those of another cache with the same frozen layers and data, by set; what it lacks is added to it.
+        """
+        self.rows = {} if known is None else known
         for name, data in self.sets.items():
+            if name in self.rows:
+                continue
             lengths, offsets = np.asarray(data.lengths), np.asarray(data.offsets)
             order = np.argsort(lengths, kind="stable")
             rows: Tensor | None = None

@@ -143,6 +143,14 @@ class Shared:
 
     tokens: dict[str, tuple[TokenData, TokenData]] = field(default_factory=dict)
     bases: dict[tuple, Base] = field(default_factory=dict)
+    prefixes: dict[tuple, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    def prefix(self, settings: Settings, plan: Plan, cut: int) -> dict[str, torch.Tensor]:
+        """The hidden states that enter layer ``cut``, by set; empty until a run has computed them. One choice's."""
+        key = (repr(settings.data), settings.model.fingerprint(), plan.dtype, plan.attention, plan.device, cut)
+        if key not in self.prefixes:
+            self.prefixes = {key: {}}
+        return self.prefixes[key]
 
     def data(self, settings: Settings) -> tuple[TokenData, TokenData]:
         key = f"{settings.data!r} {settings.model.fingerprint()}"
@@ -244,8 +252,11 @@ class Experiment:
         if wanted == "auto" and size > PREFIX_LIMIT:
             cache.remove()
             return None
-        self.note(f"Computing the {cache.cut} frozen layers below the first adapter once ({size / 1e6:.0f} MB) ...")
-        cache.fill()
+        assert self.plan is not None
+        known = self.shared.prefix(self.settings, self.plan, cache.cut)
+        if not known:
+            self.note(f"Computing the {cache.cut} frozen layers below the first adapter once ({size / 1e6:.0f} MB) ...")
+        cache.fill(known)
         return cache
 
     @cached_property

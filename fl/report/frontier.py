@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fl.report.claims import scope, unit
 from fl.report.groups import Group, show
@@ -152,7 +153,7 @@ def _point(c: Canvas, item: Group, key: str, scale: float, x: float, style: dict
     if std:
         c.axes.plot([x, x], [y - std * scale, y + std * scale], color=color, linewidth=1.4, zorder=4)
     if len(values) > 1:
-        dots = {"linestyle": "", "marker": "o", "markersize": 2.6, "markeredgewidth": 0, "zorder": 5}
+        dots: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 2.6, "markeredgewidth": 0, "zorder": 5}
         c.axes.plot([x] * len(values), values, color=color, **dots)
     traffic = _traffic(item)
     area = max(SMALLEST, AREA * traffic / most) if most else SMALLEST

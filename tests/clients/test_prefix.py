@@ -167,3 +167,15 @@ def test_training_and_evaluation_with_the_cache_are_those_without():
         results.append((np.stack([f.state for f in fits]), scores.loss))
     for mine, theirs in zip(*results, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_hidden_states_that_are_known_are_not_computed_again():
+    """Runs of one process share them (`fl.experiment.Shared`): the same tensors, and no pass through the model."""
+    cache, known = cache_of(top("bert", [2])), {}
+    cache.fill(known)
+    assert known.keys() == cache.sets.keys()
+    first = {name: rows.clone() for name, rows in known.items()}
+    cache._hidden = lambda *_: pytest.fail("a pass through the frozen layers")
+    cache.fill(known)
+    assert cache.rows is known
+    assert all(torch.equal(known[name], first[name]) for name in first)
