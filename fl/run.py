@@ -219,7 +219,10 @@ def _claim(experiment: Experiment) -> dict[str, Any]:
     made = experiment.guard.statement()
     start = experiment.settings.adapter.initialisation
     words = f"{made.text()} {experiment.settings.secure_aggregation.statement()}".rstrip()
-    if isinstance(start, DataDriven):
+    if isinstance(start, DataDriven) and start.source == "private" and made.unit is not None:
+        what = f"about {start.examples} examples clipped to {start.clip:g}, with noise of {start.noise:g} times that"
+        words = f"{words} Counted with the steps: each client's part in the adapter's start, a sum over {what}."
+    elif isinstance(start, DataDriven):
         words = f"{words} {statement(start, experiment)}"
     return {"privacy": words, "privacy_statement": made.as_plain()}
 

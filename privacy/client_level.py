@@ -101,7 +101,7 @@ class TrustedServer(ClientLevel):
 
     weight_cap: int | None = setting(None, ge=1, help="weights=examples: w = min(examples/cap, 1); null: refused")
     audit: bool = setting(False, help="add canary clients and measure a lower bound on epsilon")
-    audit_canaries: int = setting(500, ge=32, help="canary clients of the audit; a fair coin puts each in or not")
+    audit_canaries: int = setting(500, ge=64, help="canary clients of the audit; a fair coin puts each in or not")
 
     def check(self, settings: Settings) -> None:
         super().check(settings)
@@ -265,4 +265,4 @@ class ServerGuard(Guard):
     def restore(self, state: dict) -> None:
         self.book.restore(state["book"])
         if self.audit is not None:
-            self.audit.restore(state["audit"])
+            self.audit.restore(state.get("audit"))

@@ -134,7 +134,7 @@ class ExampleGuard(Guard):
         for client, book in self.books.items():
             book.restore(state[str(client)])
         if self.audit is not None:
-            self.audit.restore(state["audit"])
+            self.audit.restore(state.get("audit"))
 
     @property
     def epsilon(self) -> float | None:

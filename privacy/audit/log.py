@@ -117,8 +117,14 @@ class Log:
             "newest": [name, releases, scores.tolist()],
         }  # fmt: skip
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Undo `state`."""
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Undo `state`. Raises `ConfigError` where there is none, or one of another number of canaries."""
+        if state is None or len(state["scores"]) != self.canaries:
+            before = 0 if state is None else len(state["scores"])
+            raise ConfigError(
+                "privacy.audit", f"{self.canaries} canaries", f"what the run began with: {before} canaries",
+                "Put the settings back, or start the run anew.",
+            )  # fmt: skip
         name, releases, scores = state["newest"]
         self.releases, self.scores = state["releases"], np.array(state["scores"])
         self.newest = (name, releases, np.array(scores))
@@ -211,8 +217,9 @@ class ClientLog(Log):
         nodes = {str(level): [times, row.tolist()] for level, (times, row) in self.nodes.items()}
         return {**super().state(), "peak": self.peak.tolist(), "nodes": nodes}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any] | None) -> None:
         super().restore(state)
+        assert state is not None
         self.peak = np.array(state["peak"])
         self.nodes = {int(level): (times, np.array(row)) for level, (times, row) in state["nodes"].items()}
 

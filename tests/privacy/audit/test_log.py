@@ -59,6 +59,14 @@ def test_a_checkpoint_brings_everything_back():
     assert np.array_equal(other.scores, made.scores)
 
 
+def test_a_checkpoint_of_another_audit_is_refused():
+    with pytest.raises(ConfigError, match=r"privacy.audit.*began with: 0 canaries"):
+        log().restore(None)
+    other = ExampleLog(3, M + 1, 0.5, 7, book())
+    with pytest.raises(ConfigError, match=rf"began with: {M + 1} canaries"):
+        log().restore(other.state())
+
+
 def test_nothing_released_gives_no_verdict_and_a_guard_without_an_audit_has_no_log():
     assert log().verdict() is None
     assert log_of(Guard()) is None

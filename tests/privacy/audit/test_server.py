@@ -73,7 +73,7 @@ def test_adaptive_clipping_stays_where_it_is_and_is_not_contradicted():
 
 def test_canaries_weigh_as_much_as_any_client_may():
     given = replace(settings(8), aggregator=FedAvg([1.0] * 7 + [2.0]))
-    guard = guard_of(Central(epsilon=None, noise_multiplier=1e-9, audit=True, audit_canaries=32), given, WIDE)
+    guard = guard_of(Central(epsilon=None, noise_multiplier=1e-9, audit=True, audit_canaries=64), given, WIDE)
     out = guard.collect(state(WIDE), [], 1, 0.1)[0].vector
     one = guard.audit.updates(1, 0, WIDE.layout.size, 1.0)
     assert np.allclose(out * guard.divisor, sum(u.vector / np.linalg.norm(u.vector) for u in one), atol=1e-6)
