@@ -33,6 +33,7 @@ _PRODUCTS = (
     RUN,
     "config.yaml",
     "overrides.yaml",
+    "audit.json",
     "adapter",
     "checkpoint",
     "report.html",
