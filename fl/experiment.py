@@ -41,7 +41,7 @@ from fl.secure import Codecs, SecureClients, make_codecs
 from fl.shares import SharedClients
 from fl.trackers.base import Tracker
 from privacy import example_level
-from privacy.base import Guard, Privacy
+from privacy.base import Guard, Privacy, noise_root
 from privacy.secure_aggregation.settings import SecAggPlus, SecureAggregation
 from privacy.secure_aggregation.shares import SecretShares
 
@@ -271,7 +271,7 @@ class Experiment:
             secure = SharedClients(s.secure_aggregation, s.seed, self.codecs)
         elif isinstance(s.secure_aggregation, SecAggPlus):
             weighted = s.aggregator.weights == "examples"
-            secure = SecureClients(s.secure_aggregation, s.seed, self.codecs, weighted)
+            secure = SecureClients(s.secure_aggregation, s.seed, self.codecs, weighted, noise_root(s))
         return Node(self.trainer, self.data, s.local, s.attack, s.seed, space, self.guard, asked, secure)
 
     @cached_property

@@ -165,8 +165,9 @@ class SecureClients:
     depends on them.
     """
 
-    def __init__(self, settings: SecAggPlus, seed: int, codecs: Codecs, weighted: bool):
+    def __init__(self, settings: SecAggPlus, seed: int, codecs: Codecs, weighted: bool, root: str = ""):
         self.settings, self.seed, self.codecs, self.weighted = settings, seed, codecs, weighted
+        self.root = root  # of the keys of noise: `privacy.base.noise_root`
         self.states: dict[int, tuple[int, dict[str, bytes]]] = {}
         self._secret = secrets.token_bytes(32)
 
@@ -207,7 +208,7 @@ class SecureClients:
         codec = self.codecs(round)
         # The content is part of the key: another update never gets the same rounding and noise.
         content = hashlib.sha256(update.tobytes()).hexdigest()
-        rng = generator(self.seed, "secagg encoding", client, round, content)
+        rng = generator(self.seed, self.root, "secagg encoding", client, round, content)
         try:
             encoded = codec.encode(update, examples if self.weighted else 1, rng, request.arrays)
         except ShoalError:  # its text may hold numbers of the update, and goes to the server

@@ -11,9 +11,10 @@ A mechanism acts at four places, and nowhere else:
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -21,12 +22,30 @@ import numpy as np
 from clients.behaviours.base import ReplyFields
 from clients.local.private import Private
 from fl.errors import ShoalError
+from fl.keys import key_bytes
 from fl.state import ServerState, Update
 from privacy.secure_aggregation.codec import Codec
 
 if TYPE_CHECKING:
     from clients.adapters.space import Space
     from fl.experiment import Settings
+
+
+NOISE_PARTS = (
+    "seed", "model", "data", "partition", "adapter", "local", "sampling", "schedule", "network", "aggregator",
+    "server_optimizer", "privacy", "secure_aggregation", "attack", "clients",
+)  # fmt: skip
+
+
+def noise_root(settings: Any) -> str:
+    """What the keys of a run's noise begin with: a name of its seed and of all settings that its releases depend on.
+
+    Runs of a sweep share a seed. If they shared their noise as well, the difference of two of them, of two learning
+    rates or two noise multipliers say, would hold data without noise.
+    """
+    parts = {name: getattr(settings, name, None) for name in NOISE_PARTS}
+    plain = {n: repr(v) for n, v in parts.items() if v is None or is_dataclass(v) or isinstance(v, int | float | str)}
+    return key_bytes("noise", json.dumps(plain)).hex()[:32]
 
 
 class BudgetSpent(ShoalError):

@@ -113,14 +113,14 @@ class CentralGuard(ServerGuard):
         return updates
 
     def noise(self, size: int, round: int, digest: str) -> np.ndarray:
-        return gaussian(size, self.noise_multiplier * self.clip, self.seed, "central", round, digest)
+        return gaussian(size, self.noise_multiplier * self.clip, self.root, "central", round, digest)
 
     def finish(self, norms: Sequence[float], round: int, digest: str) -> None:
         p = self.privacy
         if not p.adaptive:
             return
         within = sum((norm <= self.clip) - 0.5 for norm in norms)
-        noise = gaussian(1, self.count_noise, self.seed, "central clip", round, digest)[0]
+        noise = gaussian(1, self.count_noise, self.root, "central clip", round, digest)[0]
         share = (within + noise) / self.cohort + 0.5
         self.clip *= math.exp(-p.clip_rate * (share - p.quantile))
 

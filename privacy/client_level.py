@@ -33,7 +33,7 @@ from fl.state import ServerState, Update
 from privacy import accounting
 from privacy.accounting import ACCOUNTANTS, Mechanism
 from privacy.audit.log import ClientLog
-from privacy.base import Guard, Privacy, Statement
+from privacy.base import Guard, Privacy, Statement, noise_root
 from privacy.example_level import check_start
 from privacy.ledger import Book, steps_within
 
@@ -169,6 +169,7 @@ class ServerGuard(Guard):
 
     def __init__(self, privacy: TrustedServer, settings: Settings, sizes: Sequence[int], book: Book):
         self.cap, self.target, self.clip, self.book = privacy.weight_cap, privacy.epsilon, privacy.clip, book
+        self.root = noise_root(settings)
         self.seed, self.clients, self.rounds = settings.seed, len(sizes), settings.schedule.rounds
         self.cohort = settings.clients.per_round or len(sizes)
         given = settings.aggregator.weights

@@ -32,7 +32,7 @@ from fl.keys import generator
 from fl.state import ServerState, Update
 from privacy import accounting, example_level
 from privacy.accounting import ACCOUNTANTS, Mechanism
-from privacy.base import Guard, Job, Privacy, Statement
+from privacy.base import Guard, Job, Privacy, Statement, noise_root
 from privacy.ledger import Book, steps_within
 from privacy.momentum import Momentum, RoundedMomentum
 
@@ -121,7 +121,7 @@ class DPBREMGuard(example_level.ExampleGuard):
         else:
             self.sigma = p.noise_multiplier
         books = [self._book(*plan) for plan in plans]
-        super().__init__(settings.seed, settings.local, [p.rate] * len(sizes), books)
+        super().__init__(noise_root(settings), settings.local, [p.rate] * len(sizes), books)
 
     @property
     def expected(self) -> list[float]:
@@ -167,7 +167,7 @@ class DPBREMGuard(example_level.ExampleGuard):
         content = hashlib.sha256(centre.tobytes())
         for update in ordered:
             content.update(f"{update.client}:".encode() + update.vector.tobytes())
-        rng = generator(self.seed, "dp_brem", round, content.hexdigest())
+        rng = generator(self.root, "dp_brem", round, content.hexdigest())
         noise = self.sigma * self.privacy.record_clip * rng.standard_normal(len(centre))
         phi = centred_mean(momenta, centre, self.privacy.client_clip, noise)
         last = max(update.arrived_ticks for update in ordered)

@@ -125,7 +125,7 @@ class DPFTRLGuard(ServerGuard):
 
     def _node(self, level: int, size: int) -> np.ndarray:
         end, digest = self.nodes[level]
-        return gaussian(size, self.noise_multiplier * self.clip, self.seed, "tree", level, end >> level, digest)
+        return gaussian(size, self.noise_multiplier * self.clip, self.root, "tree", level, end >> level, digest)
 
     def statement(self) -> Statement:
         left = f"; {self.left_out} updates of clients over that bound were left out" if self.left_out else ""

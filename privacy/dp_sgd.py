@@ -22,7 +22,7 @@ from fl.errors import ConfigError
 from privacy import accounting, example_level
 from privacy.accounting import ACCOUNTANTS, Mechanism, SampledGaussian
 from privacy.audit.log import ExampleLog, room
-from privacy.base import Guard, Privacy, Statement
+from privacy.base import Guard, Privacy, Statement, noise_root
 from privacy.ledger import Book, spent, steps_within
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class DPSGDGuard(example_level.ExampleGuard):
             rate = min(1.0, self.batch_size / size)
             rates.append(rate)
             books.append(self._book(rate, size, settings.local, example_level.start_release(start, size)))
-        super().__init__(settings.seed, settings.local, rates, books)
+        super().__init__(noise_root(settings), settings.local, rates, books)
         if all(book.exhausted for book in books):
             allowed = f"one that lets some client take a step within privacy.epsilon={privacy.epsilon}"
             way_out = "Raise it, or set it to null: then it is calibrated."

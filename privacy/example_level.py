@@ -94,8 +94,8 @@ class ExampleGuard(Guard):
 
     audit: ExampleLog | None = None
 
-    def __init__(self, seed: int, local: LocalTraining, rates: Sequence[float], books: Sequence[Book]):
-        self.seed, self.local, self.rates = seed, local, list(rates)
+    def __init__(self, root: str, local: LocalTraining, rates: Sequence[float], books: Sequence[Book]):
+        self.root, self.local, self.rates = root, local, list(rates)
         self.books = dict(enumerate(books))
 
     def private(self, client: int, key: tuple[int | str, ...], memory: dict) -> Private:
@@ -108,13 +108,13 @@ class ExampleGuard(Guard):
             raise BudgetSpent(f"client {client} has taken all {book.limit} steps that its budget allows")
         # Two different questions never get the same noise. Which of a round's it is says so, not its content: states
         # that differ by rounding, as those of two cohort sizes do, shall not differ by all their noise.
-        key: tuple[int | str, ...] = (self.seed, "private", client, round, book.attempt)
+        key: tuple[int | str, ...] = (self.root, "private", client, round, book.attempt)
         batches = poisson_batches(granted, self.rates[client], examples, *key)
         private = self.private(client, key, memory)
         if self.audit is not None and client == self.audit.client:
             planted = np.flatnonzero(self.audit.included)
             taken = poisson_batches(granted, self.rates[client], planted, *key, "canaries")
-            private.canaries = Canaries(self.audit.canaries, SPARE, taken, (self.seed, "audit coordinates"))
+            private.canaries = Canaries(self.audit.canaries, SPARE, taken, (self.root, "audit coordinates"))
         return Job(batches, private)
 
     def release(self, reply: ReplyFields, columns: np.ndarray) -> ReplyFields:

@@ -26,7 +26,7 @@ from fl.config import setting
 from fl.errors import ConfigError
 from privacy import accounting
 from privacy.accounting import FixedSizeGaussian
-from privacy.base import BudgetSpent, Guard, Job, Statement
+from privacy.base import BudgetSpent, Guard, Job, Statement, noise_root
 from privacy.client_level import RELATIONS, UNCOVERED, ClientLevel, clipped, gaussian
 from privacy.ledger import Book
 
@@ -66,7 +66,7 @@ class LocalGuard(Guard):
     def __init__(self, privacy: LocalDP, settings: Settings, clients: int, space: Space):
         most = settings.schedule.participations()
         assert most is not None  # `check` has refused a schedule without a bound
-        self.privacy, self.seed, self.rounds = privacy, settings.seed, settings.schedule.rounds
+        self.privacy, self.root, self.rounds = privacy, noise_root(settings), settings.schedule.rounds
         self.most = most if privacy.participations is None else min(most, privacy.participations)
         plan = privacy.book(FixedSizeGaussian, self.most, clients)
         limit = self.most if plan.limit is None else plan.limit
@@ -91,7 +91,7 @@ class LocalGuard(Guard):
         content = hashlib.sha256(vector.tobytes()).hexdigest()[:32]
         if newest.get("round") == reply.round:
             content = str(newest["fingerprint"])
-        vector += gaussian(len(vector), self.std, self.seed, "local", reply.client, reply.round, reply.version, content)
+        vector += gaussian(len(vector), self.std, self.root, "local", reply.client, reply.round, reply.version, content)
         return replace(reply, update=vector.astype(reply.update.dtype), examples=1, tokens=0, loss=None)
 
     def stopped(self) -> str | None:

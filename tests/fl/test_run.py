@@ -16,7 +16,8 @@ from tests.helpers import DECODER, ENCODER, SHARED, evaluations, final, go, same
 
 TOP = [
     "name", "experiment", "seed", "status", "started", "finished", "versions", "device", "commit", "model", "data",
-    "task", "adapter", "num_clients", "trainable_parameters", "total_parameters", "engine", "partition", "privacy", "privacy_statement",
+    "task", "adapter", "num_clients", "trainable_parameters", "total_parameters", "engine", "partition",
+    "privacy", "privacy_statement",
     "settings", "overrides", "final", "error", "saved",
 ]  # fmt: skip
 FINAL = [
