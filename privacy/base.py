@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 NOISE_PARTS = (
     "seed", "model", "data", "partition", "adapter", "local", "sampling", "schedule", "network", "aggregator",
-    "server_optimizer", "privacy", "secure_aggregation", "attack", "clients",
+    "server_optimizer", "privacy", "attack", "clients",
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ TOP = [
 ]  # fmt: skip
 FINAL = [
     "loss", "rounds", "bytes_up", "bytes_down", "virtual_s", "wall_s", "client_steps", "client_steps_per_s",
-    "tokens_per_s", "rejected_updates", "rejected", "peak_memory_bytes", "epsilon",
+    "tokens_per_s", "rejected_updates", "rejected", "peak_memory_bytes", "epsilon", "stopped",
 ]  # fmt: skip
 ENGINE = ["device", "dtype", "attention", "cohort_size", "workers", "threads"]
 
