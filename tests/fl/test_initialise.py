@@ -252,7 +252,7 @@ def test_a_client_that_gives_no_statistic_stops_the_run(tmp_path, monkeypatch, k
 
 def test_a_node_without_this_initialisation_says_so(tmp_path, monkeypatch):
     begin = Node.__init__
-    monkeypatch.setattr(Node, "__init__", lambda node, *arguments: begin(node, *arguments[:-1], None))
+    monkeypatch.setattr(Node, "__init__", lambda node, *arguments: begin(node, *arguments[:7], None))
     with pytest.raises(RunStopped, match="needs no statistic"):
         go(tmp_path / "run", *SB)
 

@@ -54,7 +54,7 @@ def test_run_json_has_every_field(tmp_path, base):
     assert {"python", "torch", "flwr", "peft", "transformers", "shoal"} <= set(found["versions"])
     nullable = {"experiment", "commit", "error"}
     assert all(found[name] is not None for name in set(TOP) - nullable)
-    assert all(found["final"][name] is not None for name in {*FINAL, *scores} - {"epsilon"})
+    assert all(found["final"][name] is not None for name in {*FINAL, *scores} - {"epsilon", "stopped"})
     assert found["task"] == ("classification" if base is ENCODER else "causal_lm")
 
 
