@@ -46,6 +46,17 @@ def context(seed: int, round: int) -> str:
     return f"round {round} of the run with seed {seed}"
 
 
+def summed(server: ServerState, round: int, heard: Sequence[int], mean: np.ndarray, updates: list[Update]) -> Update:
+    """The one update that stands for the masked ``updates`` of the clients ``heard``: their ``mean`` ``(n,)``."""
+    columns = server.space.columns(server.space.trains(round))
+    return Update(
+        min(heard), round, server.version, mean, len(updates),
+        min(u.sent_ticks for u in updates), max(u.arrived_ticks for u in updates),
+        steps=sum(u.steps for u in updates),
+        columns=None if len(columns) == server.layout.size else columns, start=server.vector,
+    )  # fmt: skip
+
+
 class Plain:
     """A round's exchange without secure aggregation: every update as it came."""
 
@@ -113,15 +124,7 @@ class SecureRound(Plain):
             mean = self.codec.decode(total, len(self.coordinator.survivors))
         except ShoalError as error:
             raise _lost(self.round, error) from error
-        space = self.server.space
-        columns = space.columns(space.trains(self.round))
-        one = Update(
-            self.coordinator.survivors[0], self.round, self.server.version, mean, sum(u.examples for u in updates),
-            min(u.sent_ticks for u in updates), max(u.arrived_ticks for u in updates),
-            steps=sum(u.steps for u in updates),
-            columns=None if len(columns) == space.layout.size else columns, start=self.server.vector,
-        )  # fmt: skip
-        return [one]
+        return [summed(self.server, self.round, self.coordinator.survivors, mean, updates)]
 
     def _stage(self, stage: str, messages: Mapping[int, bytes]) -> dict[int, bytes]:
         """Ask the clients of ``messages``; their answers. Takes as long as the slowest of those that answer."""

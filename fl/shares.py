@@ -19,7 +19,7 @@ import numpy as np
 from fl.errors import ShoalError
 from fl.keys import generator, key_bytes
 from fl.messages import SecureRequest, TrainReply, TrainRequest
-from fl.secure import Codecs, Plain, context
+from fl.secure import Codecs, Plain, context, summed
 from fl.state import ServerState, Update
 from privacy.secure_aggregation import field
 from privacy.secure_aggregation.norm_check import NormCheck
@@ -79,16 +79,7 @@ class SharedRound(Plain):
     def close(self, updates: list[Update]) -> list[Update]:
         parts = np.stack([server.total(self.codec.noise) for server in self.servers])
         mean = self.codec.decode(field.decode(field.total(parts)), len(self.heard))
-        space = self.server.space
-        columns = space.columns(space.trains(self.round))
-        return [
-            Update(
-                min(self.heard), self.round, self.server.version, mean, len(updates),
-                min(u.sent_ticks for u in updates), max(u.arrived_ticks for u in updates),
-                steps=sum(u.steps for u in updates),
-                columns=None if len(columns) == space.layout.size else columns, start=self.server.vector,
-            )
-        ]  # fmt: skip
+        return [summed(self.server, self.round, self.heard, mean, updates)]
 
 
 class SharedClients:

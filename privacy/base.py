@@ -21,7 +21,7 @@ import numpy as np
 
 from clients.behaviours.base import ReplyFields
 from clients.local.private import Private
-from fl.errors import ShoalError
+from fl.errors import ConfigError, ShoalError
 from fl.keys import key_bytes
 from fl.state import ServerState, Update
 from privacy.secure_aggregation.codec import Codec
@@ -124,6 +124,13 @@ class Statement:
     def as_plain(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
+
+
+def check_target(epsilon: float | None, noise_multiplier: float | None, example: float = 1) -> None:
+    """Raise `ConfigError` where neither a target nor the noise is given; ``example`` is a noise to suggest."""
+    if epsilon is None and noise_multiplier is None:
+        way_out = f"Give one: privacy.epsilon=3, or privacy.noise_multiplier={example:g}."
+        raise ConfigError("privacy.epsilon", None, "a target, where privacy.noise_multiplier is null too", way_out)
 
 
 class Guard:

@@ -19,6 +19,7 @@ is available next.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -33,8 +34,8 @@ from fl.state import ServerState, Update
 from privacy import accounting
 from privacy.accounting import ACCOUNTANTS, Mechanism
 from privacy.audit.log import ClientLog
-from privacy.base import Guard, Privacy, Statement, noise_root
-from privacy.example_level import check_start
+from privacy.base import Guard, Privacy, Statement, check_target, noise_root
+from privacy.example_level import check_bounded, check_start
 from privacy.ledger import Book, steps_within
 
 if TYPE_CHECKING:
@@ -68,17 +69,10 @@ class ClientLevel(Privacy):
     accountant: str = setting("rdp", choices=ACCOUNTANTS, help="how rounds are composed")
 
     def __post_init__(self) -> None:
-        if self.epsilon is None and self.noise_multiplier is None:
-            way_out = "Give one: privacy.epsilon=3, or privacy.noise_multiplier=1."
-            raise ConfigError("privacy.epsilon", None, "a target, where privacy.noise_multiplier is null too", way_out)
+        check_target(self.epsilon, self.noise_multiplier)
 
     def check(self, settings: Settings) -> None:
-        if settings.schedule.participations() is None:
-            raise ConfigError(
-                "schedule", type(settings.schedule).__name__,
-                "a schedule that bounds how often a client takes part: without a bound there is no worst case",
-                "Choose another schedule, or privacy=none.",
-            )  # fmt: skip
+        check_bounded(settings)
         check_start(settings.adapter.initialisation, None)
 
     def book(self, make: Callable[[float], Mechanism], steps: int, clients: int) -> Book:
@@ -158,7 +152,29 @@ def gaussian(size: int, std: float, *key: Part) -> np.ndarray:
     return generator(*key).normal(0.0, std, size)
 
 
-class ServerGuard(Guard):
+class RunGuard(Guard):
+    """One ``book`` for the whole run, a step a round, and its ``target``."""
+
+    def __init__(self, book: Book, target: float | None, rounds: int):
+        self.book, self.target, self.rounds = book, target, rounds
+
+    def stopped(self) -> str | None:
+        if self.book.exhausted and self.book.steps < self.rounds:
+            return f"the next round would exceed the privacy budget, epsilon {self.target:g}"
+        return None
+
+    @property
+    def epsilon(self) -> float | None:
+        return self.book.epsilon
+
+    def state(self) -> dict:
+        return {"book": self.book.state()}
+
+    def restore(self, state: dict) -> None:
+        self.book.restore(state["book"])
+
+
+class ServerGuard(RunGuard, ABC):
     """One noisy update in place of the clients', and one book for the run; subclasses say what the noise is.
 
     ``clip`` is the C of the next round. The noise's key names what it is added to: other content never gets the same.
@@ -168,9 +184,10 @@ class ServerGuard(Guard):
     name: ClassVar[str]
 
     def __init__(self, privacy: TrustedServer, settings: Settings, sizes: Sequence[int], book: Book):
-        self.cap, self.target, self.clip, self.book = privacy.weight_cap, privacy.epsilon, privacy.clip, book
+        super().__init__(book, privacy.epsilon, settings.schedule.rounds)
+        self.cap, self.clip = privacy.weight_cap, privacy.clip
         self.root = noise_root(settings)
-        self.seed, self.clients, self.rounds = settings.seed, len(sizes), settings.schedule.rounds
+        self.seed, self.clients = settings.seed, len(sizes)
         self.cohort = settings.clients.per_round or len(sizes)
         given = settings.aggregator.weights
         self.weights = None if isinstance(given, str) else [w / max(given) for w in given]
@@ -229,21 +246,12 @@ class ServerGuard(Guard):
         """Those of ``updates`` that are summed. Raises `ShoalError` for what is not accounted for."""
         return updates
 
+    @abstractmethod
     def noise(self, size: int, round: int, digest: str) -> np.ndarray:
         """``(size,)`` float64: what is added to the sum, which ``digest`` names."""
-        raise NotImplementedError
 
     def finish(self, norms: Sequence[float], round: int, digest: str) -> None:
         """After a round whose counted updates had ``norms`` before clipping."""
-
-    def stopped(self) -> str | None:
-        if self.book.exhausted and self.book.steps < self.rounds:
-            return f"the next round would exceed the privacy budget, epsilon {self.target:g}"
-        return None
-
-    @property
-    def epsilon(self) -> float | None:
-        return self.book.epsilon
 
     def claim(self, sampling: str, clipping: str, noise: str, participation: str, rate: float) -> Statement:
         """The claim as far as the run has come."""
@@ -261,9 +269,9 @@ class ServerGuard(Guard):
         )  # fmt: skip
 
     def state(self) -> dict:
-        return {"book": self.book.state(), **({} if self.audit is None else {"audit": self.audit.state()})}
+        return super().state() | ({} if self.audit is None else {"audit": self.audit.state()})
 
     def restore(self, state: dict) -> None:
-        self.book.restore(state["book"])
+        super().restore(state)
         if self.audit is not None:
             self.audit.restore(state.get("audit"))

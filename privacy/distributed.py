@@ -26,9 +26,10 @@ from fl.state import ServerState, Update
 from privacy import accounting
 from privacy.accounting import Mechanism
 from privacy.base import Guard, Statement
-from privacy.client_level import UNCOVERED, ClientLevel
+from privacy.client_level import UNCOVERED, ClientLevel, RunGuard
 from privacy.discrete import DiscreteNoise
 from privacy.secure_aggregation.codec import Codec, not_a_sum
+from privacy.secure_aggregation.settings import SecAggPlus
 
 if TYPE_CHECKING:
     from clients.adapters.space import Space
@@ -67,12 +68,10 @@ class Distributed(ClientLevel):
         return DistributedGuard(self, settings, sizes, space)
 
 
-class DistributedGuard(Guard):
+class DistributedGuard(RunGuard):
     """The codec of a round's sum, and the book of the sums that were opened."""
 
     def __init__(self, privacy: Distributed, settings: Settings, sizes: Sequence[int], space: Space):
-        from privacy.secure_aggregation.settings import SecAggPlus
-
         secure = settings.secure_aggregation
         assert isinstance(secure, SecAggPlus)
         self.privacy, self.secure, self.seed, self.clients = privacy, secure, settings.seed, len(sizes)
@@ -87,7 +86,6 @@ class DistributedGuard(Guard):
             )  # fmt: skip
         # The largest phase has the largest sensitivity after rounding, so it prices every round.
         self.size = max(len(space.columns(phase)) for phase in space.phases)
-        self.rounds = settings.schedule.rounds
         multipliers: dict[Mechanism, float] = {}
 
         def release(noise: float) -> Mechanism:
@@ -95,7 +93,8 @@ class DistributedGuard(Guard):
             multipliers[made] = noise
             return made
 
-        self.book = privacy.book(release, self.rounds, len(sizes))
+        rounds = settings.schedule.rounds
+        super().__init__(privacy.book(release, rounds, len(sizes)), privacy.epsilon, rounds)
         self.noise_multiplier = multipliers[self.book.running]
 
     def _plan(self, noise: float, size: int) -> DiscreteNoise:
@@ -125,15 +124,6 @@ class DistributedGuard(Guard):
             raise ShoalError(f"Round {round} can't be counted: the privacy budget is spent.")
         return list(updates)
 
-    def stopped(self) -> str | None:
-        if self.book.exhausted and self.book.steps < self.rounds:
-            return f"the next round would exceed the privacy budget, epsilon {self.privacy.epsilon:g}"
-        return None
-
-    @property
-    def epsilon(self) -> float | None:
-        return self.book.epsilon
-
     def statement(self) -> Statement:
         p, book = self.privacy, self.book
         plan = self._plan(self.noise_multiplier, self.size)
@@ -155,12 +145,6 @@ class DistributedGuard(Guard):
             "models, if they keep to the protocol and do not know the run's seed",
             uncovered=UNCOVERED, holders=[row],
         )  # fmt: skip
-
-    def state(self) -> dict:
-        return {"book": self.book.state()}
-
-    def restore(self, state: dict) -> None:
-        self.book.restore(state["book"])
 
 
 class NoisySum(Codec):

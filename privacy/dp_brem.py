@@ -30,9 +30,9 @@ from fl.config import setting
 from fl.errors import ConfigError, ShoalError
 from fl.keys import generator
 from fl.state import ServerState, Update
-from privacy import accounting, example_level
+from privacy import accounting, client_level, example_level
 from privacy.accounting import ACCOUNTANTS, Mechanism
-from privacy.base import Guard, Job, Privacy, Statement, noise_root
+from privacy.base import Guard, Job, Privacy, Statement, check_target, noise_root
 from privacy.ledger import Book, steps_within
 from privacy.momentum import Momentum, RoundedMomentum
 
@@ -65,9 +65,7 @@ class DPBREM(Privacy):
     accountant: str = setting("rdp", choices=ACCOUNTANTS, help="prv and pld: only with local.beta=0")
 
     def __post_init__(self) -> None:
-        if self.epsilon is None and self.noise_multiplier is None:
-            way_out = "Give one: privacy.epsilon=3, or privacy.noise_multiplier=0.1."
-            raise ConfigError("privacy.epsilon", None, "a target, where privacy.noise_multiplier is null too", way_out)
+        check_target(self.epsilon, self.noise_multiplier, example=0.1)
 
     def check(self, settings: Settings) -> None:
         local, schedule = settings.local, settings.schedule
@@ -109,7 +107,7 @@ class DPBREMGuard(example_level.ExampleGuard):
         most = settings.schedule.participations()
         assert most is not None  # `check` has refused a schedule without a bound
         self.most, p = most, privacy
-        deltas = [_delta(p.delta, size) for size in sizes]
+        deltas = [example_level.delta_at(size, p.delta) for size in sizes]
         once = [example_level.start_release(settings.adapter.initialisation, size) for size in sizes]
         plans = list(zip(self.expected, deltas, once, strict=True))
         if p.noise_multiplier is None:
@@ -200,9 +198,7 @@ class DPBREMGuard(example_level.ExampleGuard):
 
 def clipped(vector: np.ndarray, norm: float | None) -> np.ndarray:
     """``v min(1, norm/|v|)`` as float64: the nearest point of the ball of radius ``norm`` (None: ``v`` as it is)."""
-    vector = vector.astype(np.float64, copy=False)
-    length = float(np.linalg.norm(vector))
-    return vector if norm is None or length <= norm else vector * (norm / length)
+    return vector.astype(np.float64, copy=False) if norm is None else client_level.clipped(vector, norm)[0]
 
 
 def centred_mean(
@@ -213,14 +209,6 @@ def centred_mean(
     for momentum in momenta:
         total += clipped(momentum - centre, norm)
     return centre + (total + noise) / len(momenta)
-
-
-def _delta(delta: float | None, size: int) -> float:
-    delta = 1 / size if delta is None else delta
-    if delta >= 1:
-        allowed = "below 1: a client with one example has no delta = 1/n"
-        raise ConfigError("privacy.delta", delta, allowed, "Give privacy.delta, or raise partition.min_size.")
-    return delta
 
 
 @lru_cache(maxsize=4096)

@@ -22,7 +22,7 @@ from fl.errors import ConfigError
 from privacy import accounting, example_level
 from privacy.accounting import ACCOUNTANTS, Mechanism, SampledGaussian
 from privacy.audit.log import ExampleLog, room
-from privacy.base import Guard, Privacy, Statement, noise_root
+from privacy.base import Guard, Privacy, Statement, check_target, noise_root
 from privacy.ledger import Book, spent, steps_within
 
 if TYPE_CHECKING:
@@ -61,9 +61,7 @@ class DPSGD(Privacy):
     audit_client: int | None = setting(None, ge=0, help="client that is audited; null: one of the largest epsilon")
 
     def __post_init__(self) -> None:
-        if self.epsilon is None and self.noise_multiplier is None:
-            way_out = "Give one: privacy.epsilon=3, or privacy.noise_multiplier=1."
-            raise ConfigError("privacy.epsilon", None, "a target, where privacy.noise_multiplier is null too", way_out)
+        check_target(self.epsilon, self.noise_multiplier)
         if self.adaptive and self.clipping != "flat":
             raise ConfigError("privacy.clipping", self.clipping, "flat, where privacy.adaptive is true")
 
@@ -128,10 +126,7 @@ class DPSGDGuard(example_level.ExampleGuard):
 
     def _book(self, rate: float, size: int, local: LocalTraining, once: tuple[Mechanism, ...]) -> Book:
         p, most = self.privacy, local.num_steps(size) * self.participations
-        delta = 1 / size if p.delta is None else p.delta
-        if delta >= 1:
-            allowed = "below 1: a client with one example has no delta = 1/n"
-            raise ConfigError("privacy.delta", delta, allowed, "Give privacy.delta, or raise partition.min_size.")
+        delta = example_level.delta_at(size, p.delta)
         noise, limit = p.noise_multiplier, None if p.epsilon is None and p.participations is None else most
         if noise is None:
             assert p.epsilon is not None

@@ -7,6 +7,7 @@ of a client's examples, and with it the sampling rate, is taken as public, as DP
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -31,12 +32,7 @@ if TYPE_CHECKING:
 
 def check(settings: Settings) -> None:
     """Raise `ConfigError` for what no mechanism of examples accounts for."""
-    if settings.schedule.participations() is None:
-        raise ConfigError(
-            "schedule", type(settings.schedule).__name__,
-            "a schedule that bounds how often a client takes part: without one there is no worst case to account for",
-            "Choose another schedule, or privacy=none.",
-        )  # fmt: skip
+    check_bounded(settings)
     check_start(settings.adapter.initialisation, "private")
     local = type(settings.local)
     usual = local.fit is LocalTraining.fit and local.gradient in (LocalTraining.gradient, DyLoRA.gradient)
@@ -45,6 +41,25 @@ def check(settings: Settings) -> None:
             "local", local.__name__, "a local algorithm whose every use of data passes the private gradient",
             "Choose local=sgd, momentum, adamw, fedprox, lora_pro, sora or dylora.",
         )  # fmt: skip
+
+
+def check_bounded(settings: Settings) -> None:
+    """Refuse a schedule that does not bound how often a client takes part."""
+    if settings.schedule.participations() is None:
+        raise ConfigError(
+            "schedule", type(settings.schedule).__name__,
+            "a schedule that bounds how often a client takes part: without a bound there is no worst case",
+            "Choose another schedule, or privacy=none.",
+        )  # fmt: skip
+
+
+def delta_at(size: int, given: float | None) -> float:
+    """The delta of a client with ``size`` examples: ``given``, or 1/size. Raises `ConfigError` where that is 1."""
+    delta = 1 / size if given is None else given
+    if delta >= 1:
+        allowed = "below 1: a client with one example has no delta = 1/n"
+        raise ConfigError("privacy.delta", delta, allowed, "Give privacy.delta, or raise partition.min_size.")
+    return delta
 
 
 def check_start(start: Initialisation | None, private: str | None) -> None:
@@ -86,7 +101,7 @@ def poisson_batches(steps: int, rate: float, examples: np.ndarray, *key: int | s
     return [examples[rng.random(len(examples)) < rate] for _ in range(steps)]
 
 
-class ExampleGuard(Guard):
+class ExampleGuard(Guard, ABC):
     """Poisson batches and one `Book` for each client; subclasses say how a gradient is made private.
 
     ``audit`` is the log of an audited run: one client's jobs then have canaries, sampled as its examples are.
@@ -98,8 +113,9 @@ class ExampleGuard(Guard):
         self.root, self.local, self.rates = root, local, list(rates)
         self.books = dict(enumerate(books))
 
+    @abstractmethod
     def private(self, client: int, key: tuple[int | str, ...], memory: dict) -> Private:
-        raise NotImplementedError
+        """What the gradients of a job of ``client`` pass; ``key`` names its noise."""
 
     def job(self, client: int, round: int, fingerprint: str, examples: np.ndarray, memory: dict) -> Job | None:
         book = self.books[client]

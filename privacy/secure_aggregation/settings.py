@@ -26,6 +26,25 @@ class SecureAggregation:
     def check(self, settings: Settings) -> None:
         """Raise `ConfigError`, before anything loads, for what can't be done on sums alone."""
 
+    def check_sums(self, settings: Settings, name: str) -> None:
+        """What no form of sums, called ``name`` by users, can do: rules, ranks or records of single updates."""
+        rule = type(settings.aggregator).__name__
+        if not settings.aggregator.linear:
+            raise ConfigError(
+                "secure_aggregation", name, f"with a rule of the mean update alone, which {rule} is not",
+                "Use aggregator=fedavg, fedsb, fedsvd or rolora.",
+            )  # fmt: skip
+        if settings.adapter.mixed_ranks:
+            allowed = f"one rank for all clients with secure_aggregation={name}: sums are over equal columns"
+            raise ConfigError("adapter.rank", getattr(settings.adapter, "rank", None), allowed)
+        if settings.schedule.participations() is None:
+            allowed = f"a schedule in rounds, with secure_aggregation={name}"
+            raise ConfigError("schedule", type(settings.schedule).__name__, allowed)
+        if settings.evaluation.aggregation_error:
+            allowed = f"false with secure_aggregation={name}: single updates are not known"
+            raise ConfigError("evaluation.aggregation_error", True, allowed)
+        check_start(settings.adapter.initialisation, "private")  # its statistics are sent in the clear
+
     def statement(self) -> str:
         """A sentence for the run's records; empty where there is nothing to say."""
         return ""
@@ -59,25 +78,10 @@ class SecAggPlus(SecureAggregation):
         return Fixed(size, self.clip, clients, max_weight, self.modulus_bits, self.scale)
 
     def check(self, settings: Settings) -> None:
-        name = type(settings.aggregator).__name__
-        if not settings.aggregator.linear:
-            raise ConfigError(
-                "secure_aggregation", "secagg", f"with a rule of the mean update alone, which {name} is not",
-                "Use aggregator=fedavg, fedsb, fedsvd or rolora.",
-            )  # fmt: skip
+        self.check_sums(settings, "secagg")
         if not isinstance(settings.aggregator.weights, str):
             allowed = "examples or uniform with secure_aggregation=secagg, where weights are integers"
             raise ConfigError("aggregator.weights", settings.aggregator.weights, allowed)
-        if settings.adapter.mixed_ranks:
-            allowed = "one rank for all clients with secure_aggregation=secagg: sums are over equal columns"
-            raise ConfigError("adapter.rank", getattr(settings.adapter, "rank", None), allowed)
-        if settings.schedule.participations() is None:
-            allowed = "a schedule in rounds, with secure_aggregation=secagg"
-            raise ConfigError("schedule", type(settings.schedule).__name__, allowed)
-        if settings.evaluation.aggregation_error:
-            allowed = "false with secure_aggregation=secagg: single updates are not known"
-            raise ConfigError("evaluation.aggregation_error", True, allowed)
-        check_start(settings.adapter.initialisation, "private")  # its statistics are sent in the clear
         self._check_sampling(settings)
 
     def _check_sampling(self, settings: Settings) -> None:

@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from fl.config import setting
 from fl.errors import ConfigError, ShoalError
 from fl.keys import generator
+from privacy.client_level import clipped
 from privacy.discrete import discrete_gaussian
-from privacy.example_level import check_start
 from privacy.secure_aggregation import field
 from privacy.secure_aggregation.codec import Codec
 from privacy.secure_aggregation.norm_check import NormCheck
@@ -48,9 +48,7 @@ class ProofCodec(Codec):
 
     def inside(self, update: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """``update`` clipped to L2 norm ``clip``, in float64. Raises `ShoalError` where that can't be."""
-        update = update.astype(np.float64)
-        norm = float(np.linalg.norm(update))
-        return update * (self.clip / norm) if norm > self.clip else update
+        return clipped(update, self.clip)[0]
 
     def encode(
         self, update: np.ndarray, weight: int, rng: np.random.Generator, arrays: Mapping[str, np.ndarray]
@@ -99,28 +97,13 @@ class SecretShares(SecureAggregation):
         from privacy.distributed import Distributed
         from privacy.dp_brem_plus import DPBREMPlus
 
-        name = type(settings.aggregator).__name__
-        if not settings.aggregator.linear:
-            allowed = f"with a rule of the mean update alone, which {name} is not"
-            raise ConfigError(
-                "secure_aggregation", "shares", allowed, "Use aggregator=fedavg, fedsb, fedsvd or rolora."
-            )
         if isinstance(settings.privacy, Distributed):
             allowed = "secagg, where privacy=distributed: its noise is that of clients, under masks"
             raise ConfigError("secure_aggregation", "shares", allowed, "Or use privacy=dp_brem_plus.")
-        if settings.schedule.participations() is None:
-            allowed = "a schedule in rounds, with secure_aggregation=shares"
-            raise ConfigError("schedule", type(settings.schedule).__name__, allowed)
-        check_start(settings.adapter.initialisation, "private")  # its statistics are sent in the clear
+        self.check_sums(settings, "shares")
         if settings.aggregator.weights != "uniform" and not isinstance(settings.privacy, DPBREMPlus):
             allowed = "uniform with secure_aggregation=shares: a weight would change the norm that is proved"
             raise ConfigError("aggregator.weights", settings.aggregator.weights, allowed)
-        if settings.adapter.mixed_ranks:
-            allowed = "one rank for all clients with secure_aggregation=shares: sums are over equal columns"
-            raise ConfigError("adapter.rank", getattr(settings.adapter, "rank", None), allowed)
-        if settings.evaluation.aggregation_error:
-            allowed = "false with secure_aggregation=shares: single updates are not known"
-            raise ConfigError("evaluation.aggregation_error", True, allowed)
 
     def statement(self) -> str:
         return (
