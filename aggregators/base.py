@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from aggregators.staleness import Auto, Staleness
 from fl.config import setting
 from fl.errors import ConfigError, RunStopped
 from fl.state import ServerState, Update
@@ -77,6 +78,7 @@ class Aggregator(ABC):
         "examples",
         help="what a client counts for: examples (how many it has), uniform, or a list with a weight for each client",
     )
+    staleness: Staleness = setting(Auto(), help="what becomes of updates that started from an old version")
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, str):
@@ -121,13 +123,15 @@ class Aggregator(ABC):
         """
         if len(updates) == 1:
             return np.ones(1)  # a sum that stands for many clients has no client's weight
-        if self.weights == "examples":
-            weights = [float(u.examples) for u in updates]
-        elif isinstance(self.weights, str):
-            weights = [1.0] * len(updates)
-        else:
-            weights = [self.weights[u.client] for u in updates]
-        return normalised(weights)
+        given = [u.weight for u in updates if u.weight is not None]
+        own = self.counts([(u.client, u.examples) for u in updates])
+        return normalised(given if len(given) == len(updates) else own)
+
+    def counts(self, clients: Sequence[tuple[int, int]]) -> list[float]:
+        """What clients (number, examples) count for by ``weights``, before it is made to add up to 1."""
+        if isinstance(self.weights, str):
+            return [float(examples) if self.weights == "examples" else 1.0 for _, examples in clients]
+        return [self.weights[client] for client, _ in clients]
 
     @abstractmethod
     def aggregate(

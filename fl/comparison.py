@@ -8,8 +8,9 @@ that a value at which runs fail is not chosen for the seeds that survived.
 At that value, over the n completed seeds, with the sample standard deviation (n - 1):
 
 - the central test metric after the last round (not of the best round);
-- the first round whose central test metric is at the target or better, and the bytes (up + down) by its end, over the
-  seeds that get there; how many do is said beside it;
+- the first round whose central test metric is at the target or better, the bytes (up + down) by its end and the virtual
+  time of that evaluation, over the seeds that get there; how many do is said beside it;
+- what `fl.report.pace` says: all at one virtual time, how steadily they learned, and what clients and server did;
 - bytes up and down, and of the latter those of first contacts only (``bytes_once`` of the round events);
 - the relative aggregation error ``||E|| / ||D*||`` (``aggregation_error``) of the first and the last round with one.
 
@@ -24,32 +25,29 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from fl.report.groups import IGNORED, rank, show, statistics
+from fl.report.groups import IGNORED, Spread, rank, show
 from fl.report.load import Collection, Run, number
+from fl.report.pace import Pace, Stretch, common_stretch, pace
 
 BEST, UNRESOLVED, RESOLVED = "best", "not resolved", "resolved"
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation of a number over ``n`` seeds; None where there are too few."""
+class Reached(NamedTuple):
+    """What a run had spent by its first evaluation at the target: rounds, bytes up + down, virtual seconds."""
 
-    n: int = 0
-    mean: float | None = None
-    std: float | None = None
-
-    @classmethod
-    def of(cls, values: Sequence[float | None]) -> Spread:
-        return cls(*statistics([v for v in values if v is not None]))
+    rounds: float
+    bytes: float
+    seconds: float | None
 
 
 @dataclass(frozen=True)
 class Row:
     """A variant (with its values of further axes) at one value of the tuned setting, over its seeds.
 
-    ``target_rounds`` and ``target_bytes`` are over the ``target_rounds.n`` of ``n`` seeds that reach the target.
+    ``target_rounds``, ``target_bytes`` and ``target_seconds`` are over the ``target_rounds.n`` of ``n`` seeds that
+    reach the target.
     ``standing`` says how it compares with the best row of its table; ``index`` is its variant's rank in the tuned
     table, which gives the best ones colours of their own.
     """
@@ -63,12 +61,14 @@ class Row:
     clients: Spread
     target_rounds: Spread
     target_bytes: Spread
+    target_seconds: Spread
     bytes_up: Spread
     bytes_down: Spread
     bytes_once: Spread
     first_error: Spread
     last_error: Spread
     trainable: int | None
+    pace: Pace
     standing: str | None = None
 
     @property
@@ -84,7 +84,8 @@ class Row:
 class Comparison:
     """The tables: ``tuned`` has a row a variant, ``equal`` one a variant for each value that two or more share.
 
-    ``grid`` has every variant at all its values, ``left_out`` says of each run that did not complete what it was.
+    ``grid`` has every variant at all its values, ``left_out`` says of each run that did not complete what it was;
+    ``stretch`` is the virtual time on which the tuned rows are compared (None where it stands still).
     """
 
     title: str
@@ -94,6 +95,7 @@ class Comparison:
     target: float | None
     seeds: list[Any]
     test_examples: int | None
+    stretch: Stretch | None = None
     grid: list[list[Row]] = field(default_factory=list)
     tuned: list[Row] = field(default_factory=list)
     equal: list[tuple[Any, list[Row]]] = field(default_factory=list)
@@ -128,8 +130,13 @@ def compare(found: Collection) -> Comparison:
     made.grid.sort(key=lambda rows: [rank(value) for value in rows[0].settings.values()])
     chosen = [choose(rows, made.higher_is_better) for rows in made.grid]
     places = _places([row.metric.mean for row in chosen], made.higher_is_better)
-    made.grid = [[replace(row, index=place) for row in rows] for rows, place in zip(made.grid, places)]
-    made.tuned = _judged([replace(row, index=place) for row, place in zip(chosen, places)], made.higher_is_better)
+    made.stretch = common_stretch([run for row in chosen for run in row.completed])
+    made.grid = [
+        [replace(row, index=place, pace=pace(row.completed, made.stretch)) for row in rows]
+        for rows, place in zip(made.grid, places)
+    ]
+    tuned = [next(row for row in rows if row.value == own.value) for rows, own in zip(made.grid, chosen)]
+    made.tuned = _judged(tuned, made.higher_is_better)
     if key is not None:
         for shown in dict.fromkeys(show(row.value) for row in sorted(made.rows, key=lambda row: rank(row.value))):
             alike = [row for row in made.rows if show(row.value) == shown]
@@ -198,8 +205,8 @@ def judged(rows: Sequence[Row], higher_is_better: bool = True) -> list[Row]:
     return [replace(row, standing=standing(row)) for row in rows]
 
 
-def reached(run: Run, target: float, higher_is_better: bool = True) -> tuple[float, float] | None:
-    """(round, bytes up + down by its end) of the first central evaluation at the target or better; None if none is."""
+def reached(run: Run, target: float, higher_is_better: bool = True) -> Reached | None:
+    """What the run had spent by its first central evaluation at the target or better; None if none is."""
     for event in run.tests:
         value = number(event.get(run.metric))
         if value is None or (value < target if higher_is_better else value > target):
@@ -207,7 +214,7 @@ def reached(run: Run, target: float, higher_is_better: bool = True) -> tuple[flo
         at = bisect_right([e["round"] for e in run.rounds], event["round"]) - 1
         spent = run.rounds[at] if at >= 0 else {}
         sent = sum(number(spent.get(name)) or 0.0 for name in ("bytes_up_total", "bytes_down_total"))
-        return float(event["round"]), float(sent)
+        return Reached(float(event["round"]), float(sent), number(event.get("virtual_s")))
     return None
 
 
@@ -229,6 +236,7 @@ def as_plain(made: Comparison) -> dict[str, Any]:
             "of": len(of.completed),
             "rounds": spread(of.target_rounds),
             "bytes": spread(of.target_bytes),
+            "virtual_s": spread(of.target_seconds),
         }
         return {
             "variant": of.variant,
@@ -245,7 +253,23 @@ def as_plain(made: Comparison) -> dict[str, Any]:
             "bytes_once": spread(of.bytes_once),
             "aggregation_error": {"first_round": spread(of.first_error), "last_round": spread(of.last_error)},
             "trainable_parameters": of.trainable,
+            "time": {
+                "server_steps": spread(of.pace.steps),
+                "virtual_s": spread(of.pace.end_s),
+                f"{made.metric}_at_common_s": spread(of.pace.level),
+                "fluctuation": spread(of.pace.fluctuation),
+                "staleness": spread(of.pace.staleness),
+                "client_jobs_per_virtual_s": spread(of.pace.jobs_per_s),
+                "idle_share": spread(of.pace.idle),
+            },
         }
+
+    stretch = made.stretch
+    common = stretch and {
+        "common_s": stretch.end_s,
+        "fluctuation_over_s": None if stretch.spacing is None else stretch.spacing / 1e6,
+        "fluctuation_changes": stretch.changes,
+    }
 
     return {
         "experiment": made.title,
@@ -255,6 +279,7 @@ def as_plain(made: Comparison) -> dict[str, Any]:
         "target": made.target,
         "seeds": made.seeds,
         "test_examples": made.test_examples,
+        "time": common,
         "tuned": [row(r) for r in made.tuned],
         "equal": [{"value": value, "rows": [row(r) for r in rows]} for value, rows in made.equal],
         "grid": [row(r) for r in made.rows],
@@ -280,14 +305,16 @@ def _row(runs: list[Run], key: str | None, metric: str, target: float | None, hi
         index=0,
         metric=spread(metric),
         clients=spread(f"client_{metric}_mean"),
-        target_rounds=Spread.of([hit[0] for hit in hits if hit is not None]),
-        target_bytes=Spread.of([hit[1] for hit in hits if hit is not None]),
+        target_rounds=Spread.of([hit.rounds for hit in hits if hit is not None]),
+        target_bytes=Spread.of([hit.bytes for hit in hits if hit is not None]),
+        target_seconds=Spread.of([hit.seconds for hit in hits if hit is not None]),
         bytes_up=spread("bytes_up"),
         bytes_down=spread("bytes_down"),
         bytes_once=Spread.of([_once(run) for run in done]),
         first_error=Spread.of([found[0][1] for found in errors]),
         last_error=Spread.of([found[-1][1] for found in errors]),
         trainable=None if trainable is None else int(trainable),
+        pace=pace([], None),
     )
 
 

@@ -93,7 +93,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     from hydra.errors import HydraException
 
     parser, parsed = OverridesParser.create(), []
-    for word in overrides:
+    for word in map(_spelt, overrides):
         key, sign, value = word.partition("=")
         try:
             (override,) = parser.parse_overrides([word])
@@ -106,6 +106,19 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
             raise ConfigError(word, value, "settings are written key=value")
         parsed.append(override)
     return parsed
+
+
+def _spelt(word: str) -> str:
+    """The word in Hydra's spelling: ``aggregator.staleness=hinge`` chooses an option of a group within a group, as
+    ``aggregator/staleness=hinge`` does."""
+    from fl.listing import config_dir
+
+    key, sign, value = word.partition("=")
+    path = key.lstrip("+~").replace(".", "/")
+    named = re.fullmatch(r"[\w-]+(,[\w-]+)*", value) is not None and value != "null"
+    if sign and named and re.fullmatch(r"\w+(/\w+)+", path) and (config_dir() / path).is_dir():
+        return f"{key.replace('.', '/')}={value}"
+    return word
 
 
 def _checked(override: Override, groups: set[str]) -> str:

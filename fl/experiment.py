@@ -117,7 +117,13 @@ class Settings:
             settings.network.check(number)
             settings.aggregator.check_clients(number)
         settings.aggregator.check(settings.adapter, settings.server_optimizer)
+        settings.schedule.check(settings)
         settings.secure_aggregation.check(settings)
+        if settings.privacy.in_rounds and not settings.schedule.in_rounds:
+            name = type(settings.privacy).__name__
+            allowed = f"synchronous with privacy={name}: its claim is about rounds in which a client has one update"
+            way_out = "Use privacy=dp_sgd or privacy=local, whose claims are about each client's own jobs."
+            raise ConfigError("schedule", type(settings.schedule).__name__, allowed, way_out)
         settings.privacy.check(settings)
         settings.local.check(settings.adapter)
         settings.saving.check(settings.adapter)

@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,8 +21,9 @@ from fl.keys import generator
 
 @dataclass(frozen=True)
 class Sampling(ABC):
-    """What the rules share."""
+    """What the rules share. ``counted``: as many clients are asked as there is room for."""
 
+    counted: ClassVar[bool] = True
     over_selection: float = setting(
         0.0, ge=0, le=100, help="ask ceil(k(1+x)) clients and keep the first k that answer; 0 waits for all asked"
     )
@@ -76,6 +78,8 @@ class Poisson(Sampling):
     This is the sampling that privacy amplification assumes: with `over_selection` the first answers are kept, which
     depends on speed, so it no longer is.
     """
+
+    counted = False
 
     def sample(self, seed: int, round: int, candidates: Sequence[int], number: int, per_round: int) -> list[int]:
         luck, rate = _draw(seed, round, number), self.rate(number, per_round)

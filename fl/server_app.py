@@ -30,7 +30,7 @@ from fl.validation import Validator
 from privacy.secure_aggregation.settings import SecAggPlus
 from privacy.secure_aggregation.shares import SecretShares
 
-CHECKPOINT = "shoal-run-1"
+CHECKPOINT = "shoal-run-2"
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Server:
     busy_s: float = 0.0  # wall seconds since training began: rounds with their evaluation and records
     _began: float = field(default_factory=time.perf_counter)
     _tested: tuple[int, int] | None = None  # round and version of the last central evaluation
+    _tested_at: int = 0  # and its tick
     stopped: str | None = None  # why the run ended before its last round
     restored: bool = False  # whether the state is that of a checkpoint
     _before_s: float = 0.0  # wall seconds before a resume
@@ -99,25 +100,25 @@ class Server:
             if event["event"] == "stop":
                 self._write(event)
                 self.stopped = event["reason"]
-                self._evaluate(world, last=True)
-                self._mark(world)
-                self._save()
-                break
+                continue
             if event["event"] != "round":
                 self._write(event)
                 continue
             self._write(self.ledger.record(event))
-            last = world.server.round >= settings.schedule.rounds
-            self._evaluate(world, last)
+            self._evaluate(world, last=False)
             name = "accuracy" if "accuracy" in self.newest else "perplexity"
             self.progress.round(
                 event["round"], event["loss"], name, self.newest.get(name), event["virtual_s"], event["epsilon"]
             )
             self.busy_s += time.perf_counter() - mark
             mark = time.perf_counter()
-            self._mark(world)
-            if last or world.server.round % settings.checkpoint_every == 0:
-                self._save()
+            if world.server.round < settings.schedule.rounds:
+                self._mark(world)
+                if world.server.round % settings.checkpoint_every == 0:
+                    self._save()
+        self._evaluate(world, last=True)
+        self._mark(world)
+        self._save()
 
     def _world(self, grid: Grid) -> World:
         experiment, s = self.experiment, self.experiment.settings
@@ -132,7 +133,10 @@ class Server:
         codecs = None if secure is None else experiment.codecs
 
         def size(request: Request) -> int:
-            return 0 if codecs is not None else len(space.columns(space.trains(request.round), request.client))
+            if codecs is not None:
+                return 0
+            trained = tuple(str(request.extra["train"]).split(",")) if "train" in request.extra else ()
+            return len(space.columns(trained or space.trains(request.round), request.client))
 
         def arrays(request: Request) -> dict[str, tuple[str, int]]:
             if codecs is None:
@@ -148,7 +152,8 @@ class Server:
         return World(
             grid, nodes, s.seed, experiment.per_round, server, s.aggregator, s.server_optimizer, s.sampling, s.network,
             s.local, validator, Downlink(space, keeps), experiment.guard, secure, codecs,
-            s.evaluation.aggregation_error and bool(space.modules),
+            s.evaluation.aggregation_error and bool(space.modules), sizes=[len(p) for p in experiment.data.parts],
+            treatment=s.schedule.rule(s.aggregator.staleness).treatment(experiment),
         )  # fmt: skip
 
     def _write(self, event: Event) -> None:
@@ -161,11 +166,12 @@ class Server:
         """Evaluate where it is due after the round of ``world.server``; moves no random stream and no clock."""
         when, round = self.experiment.settings.evaluation, world.server.round
         common = {"round": round, "virtual_s": world.clock.now_s}
-        if when.central(round, last) and self._tested != (round, world.server.version):
-            self._tested = (round, world.server.version)
+        central = when.central(round, last, self._tested_at, world.clock.now)
+        if central and self._tested != (round, world.server.version):
+            self._tested, self._tested_at = (round, world.server.version), world.clock.now
             self.newest = self.experiment.central(self.experiment.trainer, world.server.vector, world.server.base)
             self._write({"event": "eval", **common, "split": "test", **self.newest})
-        if when.per_client(round, last):
+        if when.per_client(central, last):
             event = self._per_client(world)
             if event is not None:
                 self._write({"event": "eval", **common, "split": "clients", **event})
@@ -196,9 +202,12 @@ class Server:
         """Note where a finished round leaves the run: everything that the rest of it depends on, for `_save`."""
         arrays, server = world.server.parts()
         downlink, sent = world.downlink.parts()
-        arrays |= self.experiment.node.arrays() | downlink
+        kept, schedule = ({}, None) if world.keep is None else world.keep()
+        arrays |= self.experiment.node.arrays() | downlink | kept
         meta = {
             "downlink": sent,
+            "schedule": schedule,
+            "tested_at": self._tested_at,
             "kind": CHECKPOINT,
             "server": server,
             "clock": world.clock.now,
@@ -235,6 +244,8 @@ class Server:
         self.experiment.node.restore(arrays)
         self.ledger = Ledger.restore(meta["ledger"])
         world.guard.restore(meta["privacy"])
+        world.kept = None if meta["schedule"] is None else (arrays, meta["schedule"])
+        self._tested_at = meta["tested_at"]
         self.newest = meta["newest"]
         self.busy_s, self._before_s = meta["busy_s"], meta["wall_s"]
         self.folder.truncate(meta["metrics_offset"])

@@ -110,6 +110,8 @@ class Update:
     - ``sent_ticks``, ``arrived_ticks``: virtual microseconds when the work was sent out and the reply was back.
     - ``loss``: mean training loss, or None where the client gave none; ``steps``, ``tokens``: work done.
     - ``extra``: further arrays that a method sends up beside the vector.
+    - ``weight``: what it counts for, relative to the others of one step, where the schedule decides that (None: the
+      aggregation rule does).
     """
 
     client: int
@@ -125,3 +127,4 @@ class Update:
     extra: Mapping[str, np.ndarray] = field(default_factory=dict)
     columns: np.ndarray | None = None
     start: np.ndarray | None = None
+    weight: float | None = None

@@ -24,7 +24,8 @@ class Reason(StrEnum):
 
     UNEXPECTED = "unexpected"  # nobody asked for it, or it names another client
     DUPLICATE = "duplicate"  # this job was answered already
-    LATE = "late"  # after the round's deadline
+    LATE = "late"  # after the deadline of its round or job
+    STALE = "stale"  # it started from a version that is too old by now
     BUDGET = "budget"  # the client's privacy budget is spent
     ERROR = "error"  # the client raised, or its node is gone
     SCHEMA = "schema"  # not the records, names and types of fl.messages
@@ -76,8 +77,12 @@ class Validator:
 
     def check(self, reply: Message, request: Request | None, *, late: bool = False) -> TrainReply | Rejection:
         """The decoded ``reply`` to ``request`` (None: nothing was asked of this client), or why it is rejected."""
-        size = 0 if request is None else self._size(request) if callable(self._size) else self._size
+        size = 0 if request is None else self.size(request)
         return self._check(reply, request, late, TrainReply.from_record, lambda r: self._faults(r, size, request))
+
+    def size(self, request: Request) -> int:
+        """Scalars of the update that answers ``request``."""
+        return self._size(request) if callable(self._size) else self._size
 
     def check_evaluation(
         self, reply: Message, request: Request | None, *, late: bool = False
@@ -89,6 +94,11 @@ class Validator:
         """Drop what is remembered of answered jobs of rounds below ``before_round``; no reply to them can come."""
         for kind, jobs in self._answered.items():
             self._answered[kind] = {job for job in jobs if job[1] >= before_round}
+
+    def clear(self) -> None:
+        """Drop all that is remembered of answered jobs, where the caller knows which are still out."""
+        for jobs in self._answered.values():
+            jobs.clear()
 
     def _check(
         self,

@@ -200,6 +200,7 @@ class Privacy(ABC):
     """
 
     unit: ClassVar[str | None] = None
+    in_rounds: ClassVar[bool] = False  # whether the claim counts on rounds (`fl.schedules.base.Schedule.in_rounds`)
 
     def check(self, settings: Settings) -> None:  # noqa: B027  (by default there is nothing to refuse)
         """Raise `ConfigError`, before anything loads, for settings that the claim can't account for."""

@@ -61,6 +61,7 @@ class ClientLevel(Privacy):
     """
 
     unit: ClassVar[str | None] = "client"
+    in_rounds: ClassVar[bool] = True
 
     epsilon: float | None = setting(3.0, gt=0, help="target; sets the noise, or where to stop")
     delta: float | None = setting(None, gt=0, lt=1, help="null: 1/clients")

@@ -50,6 +50,8 @@ class DPBREM(Privacy):
     sets the noise instead; with a target beside it a client stops when its next round would exceed it.
     """
 
+    in_rounds: ClassVar[bool] = True
+
     unit: ClassVar[str | None] = "example"
 
     epsilon: float | None = setting(3.0, gt=0, help="target for each client; sets the noise, or where to stop")

@@ -17,7 +17,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -42,6 +42,8 @@ class LocalDP(ClientLevel):
     ``participations`` is how many rounds of a client the noise is calibrated for (null: all); a client that has
     answered so often takes part no more.
     """
+
+    in_rounds: ClassVar[bool] = False  # a client's noise covers each of its jobs by itself
 
     participations: int | None = setting(None, ge=1, help="rounds of a client that the noise is for; null: all")
 

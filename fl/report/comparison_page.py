@@ -15,6 +15,7 @@ from fl.report.frontier import frontier_card
 from fl.report.groups import Group, group, show
 from fl.report.load import Collection, Run
 from fl.report.numbers import DASH, describe, human, in_order, spread, write
+from fl.report.pace import common_stretch, pace, pace_columns, pace_notes
 from fl.report.page import Markup, card, figure, join, page, table, tabs, tag
 from fl.report.plots import MOST_LINES, client_quantiles, compared, comparison_curves
 from fl.report.style import SERIES, Picture
@@ -41,6 +42,7 @@ def comparison_page(found: Collection, out: Path) -> tuple[str, list[Picture]]:
         utility,
         _table_card(groups, key),
         curves_card(groups, curves),
+        _time_card(groups, metric),
         outcome_cards(key, final, clients, partitions),
         runs_card(found, metric, out),
         everything_card(groups),
@@ -160,14 +162,31 @@ def _table(groups: Sequence[Group], keys: Sequence[str], short: bool, best: str 
     top = best_group(groups, best) if best and len(groups) > 1 else None
     rows = []
     for item in groups:
-        swatch = tag("span", class_="swatch", style=f"background:var(--c{item.index % len(SERIES)})")
         first, *rest = [show(v) for v in item.values.values()] or [item.label]
         cells: list[Any] = []
         for key in keys:
             text = spread(key, *item.statistics(key)[1:])
             cells.append(tag("b", text) if item is top and key == best else text)
-        rows.append([[swatch, first], *rest, counted(item), *cells])
+        rows.append([[_swatch(item), first], *rest, counted(item), *cells])
     return table(head, rows, right_from=max(1, len(settings)))
+
+
+def _swatch(item: Group) -> Markup:
+    return tag("span", class_="swatch", style=f"background:var(--c{item.index % len(SERIES)})")
+
+
+def _time_card(groups: Sequence[Group], metric: str) -> Markup | None:
+    stretch = common_stretch([run for item in groups for run in item.completed])
+    if stretch is None:
+        return None
+    rows = [pace(item.completed, stretch) for item in groups]
+    shown = pace_columns(metric, stretch, rows)
+    lines = [
+        [[_swatch(item), item.label], counted(item), *[cell(row) for _, cell in shown]]
+        for item, row in zip(groups, rows)
+    ]
+    listed = tag("ul", *[tag("li", note) for note in pace_notes(metric, stretch)], class_="note")
+    return card("Virtual time", table(["", "n", *[head for head, _ in shown]], lines), listed)
 
 
 def curves_card(groups: Sequence[Group], curves: Any, *more: Markup) -> Markup | None:

@@ -1,8 +1,9 @@
 """A run's numbers as curves: what was measured, against rounds, seconds, bytes or epsilon.
 
 An evaluation is placed at its own round and time, at the bytes that had crossed the wire (up + down) by then, and at
-the epsilon that had been spent. Several seeds become one mean curve with a band from the lowest to the highest: each
-run is interpolated linearly, over the stretch of the axis that all of them cover.
+the epsilon that had been spent. Several seeds become one mean curve with a band from the lowest to the highest, over
+the stretch of the axis that all of them cover. In between each run has the value of its last point, since a state holds
+until the next one is made; so a run of ten long rounds and one of four hundred short steps are read at the same times.
 """
 
 from __future__ import annotations
@@ -25,6 +26,16 @@ class Axis:
     tab: str
     label: str
 
+    @property
+    def stepped(self) -> bool:
+        """Whether lines are drawn as steps; rounds are counted, and nothing lies between them."""
+        return self.key != "round"
+
+
+ROUNDS = Axis("round", "Rounds", "round")
+SECONDS = Axis("virtual_s", "Seconds", "virtual time (s)")
+MOST_POINTS = 300
+
 
 @dataclass
 class Curve:
@@ -38,14 +49,15 @@ class Curve:
 
 
 def axes_of(runs: Sequence[Run]) -> list[Axis]:
-    """The horizontal axes that say something for ``runs``.
+    """The horizontal axes that say something for ``runs``, the one to show first at the front.
 
-    Virtual time stands still on an instant network; wall time then takes its place, and the label says so.
+    That is virtual time where the runs have unlike schedules, else rounds. Virtual time stands still on an instant
+    network; wall time then takes its place, and the label says so.
     """
     moves = any((number(e.get("virtual_s")) or 0) > 0 for run in runs for e in [*run.rounds, *run.tests])
-    found = [Axis("round", "Rounds", "round")]
+    found = [ROUNDS]
     if moves:
-        found.append(Axis("virtual_s", "Seconds", "virtual time (s)"))
+        found.insert(0 if unlike_schedules(runs) else 1, SECONDS)
     else:
         found.append(Axis("wall_s", "Seconds", "wall time (s)"))
     if any(number(e.get("bytes_up_total")) for run in runs for e in run.rounds):
@@ -55,6 +67,17 @@ def axes_of(runs: Sequence[Run]) -> list[Axis]:
         about = f" for {units.pop()}" if len(units) == 1 else ""
         found.append(Axis("epsilon", "Epsilon", f"epsilon spent{about}"))
     return found
+
+
+def unlike_schedules(runs: Sequence[Run]) -> bool:
+    """Whether the runs differ in their schedule, the number of its steps apart: their rounds are then not the same."""
+    keys = ("schedule.rounds", "schedule.until_s")
+    found = [
+        {k: v for k, v in run.settings.items() if k.startswith("schedule.") and k not in keys}
+        for run in runs
+        if run.settings
+    ]
+    return any(schedule != found[0] for schedule in found)
 
 
 def metric_curve(run: Run, axis: Axis) -> Curve | None:
@@ -87,7 +110,10 @@ def spend_curve(run: Run, axis: Axis) -> Curve | None:
 
 
 def mean_curve(curves: Sequence[Curve | None]) -> Curve | None:
-    """Mean over runs at equal x, with lowest and highest; the one curve itself where there is only one."""
+    """Mean over runs at equal x, with lowest and highest; the one curve itself where there is only one.
+
+    Runs are step functions of x. Where they have more than `MOST_POINTS` points together, x is that many even steps.
+    """
     found = [c for c in curves if c is not None and len(c.x)]
     if len(found) < 2:
         return found[0] if found else None
@@ -96,7 +122,9 @@ def mean_curve(curves: Sequence[Curve | None]) -> Curve | None:
     grid = grid[(grid >= start) & (grid <= end)]
     if not len(grid):
         return found[0]
-    stacked = np.stack([np.interp(grid, c.x, c.y) for c in found])  # (runs, points)
+    if len(grid) > MOST_POINTS:
+        grid = np.linspace(start, end, MOST_POINTS)
+    stacked = np.stack([c.y[np.searchsorted(c.x, grid, side="right") - 1] for c in found])  # (runs, points)
     return Curve(grid, stacked.mean(0), stacked.min(0), stacked.max(0), len(found))
 
 

@@ -64,6 +64,19 @@ def statistics(values: Sequence[float]) -> tuple[int, float | None, float | None
     return n, mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation of a number over ``n`` seeds; None where there are too few."""
+
+    n: int = 0
+    mean: float | None = None
+    std: float | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> Spread:
+        return cls(*statistics([v for v in values if v is not None]))
+
+
 def show(value: Any) -> str:
     """A setting's value as one short text."""
     if value is None:

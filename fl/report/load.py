@@ -101,7 +101,9 @@ class Run:
 
     @cached_property
     def numbers(self) -> dict[str, float]:
-        """Every final number, plus the mean, standard deviation and worst decile over clients of their own metric."""
+        """Every final number, the spread over clients of their own metric, and the run's pace (`fl.report.pace`)."""
+        from fl.report.pace import pace_numbers
+
         numbers = {k: v for k, v in ((k, number(v)) for k, v in self.final.items()) if v is not None}
         if self.client_tests:
             last = self.client_tests[-1]
@@ -109,7 +111,7 @@ class Run:
                 value = number(last.get(name))
                 if value is not None:
                     numbers[f"client_{self.metric}_{name}"] = value
-        return numbers
+        return numbers | pace_numbers(self)
 
     @property
     def rejected(self) -> dict[str, int]:
@@ -249,7 +251,8 @@ def _read_events(run: Run, path: Path) -> None:
         elif event.get("event") == "round":
             kept["round"][event.get("round")] = event
         elif event.get("event") == "eval" and event.get("split") in kept:
-            kept[event["split"]][event.get("round")] = event
+            # Evaluations at fixed times may see one version more than once.
+            kept[event["split"]][event.get("round"), event.get("virtual_s")] = event
     # A resumed run may have written a round twice; the later line is the one that its end grew from.
     run.rounds = _in_order(kept["round"].values())
     run.tests = _in_order(kept["test"].values())

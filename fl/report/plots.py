@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fl.report.curves import (
+    ROUNDS,
     Axis,
     Curve,
     axes_of,
@@ -64,7 +65,7 @@ def run_curves(run: Run) -> Drawn:
 
 def spend_picture(run: Run) -> Picture | None:
     """Epsilon against rounds, for a private run."""
-    axis = Axis("round", "Rounds", "round")
+    axis = ROUNDS
     spent = spend_curve(run, axis)
     if spent is None:
         return None
@@ -99,7 +100,7 @@ def comparison_curves(groups: Sequence[Group]) -> Drawn:
         (metric, metric_label(runs[0]), metric_curve),
         ("loss", "Test loss", loss_curve),
     ]
-    if not any(loss_curve(run, Axis("round", "", "")) for run in runs):
+    if not any(loss_curve(run, ROUNDS) for run in runs):
         kinds[1] = ("loss", "Training loss", training_loss_curve)
     drawn = []
     for axis in axes_of(runs):
@@ -114,8 +115,9 @@ def comparison_curves(groups: Sequence[Group]) -> Drawn:
                     style = line_style(item.index)
                     if curve.low is not None and curve.high is not None:
                         c.axes.fill_between(
-                            curve.x, curve.low, curve.high, color=style["color"], alpha=0.16, linewidth=0
-                        )
+                            curve.x, curve.low, curve.high, color=style["color"], alpha=0.16, linewidth=0,
+                            step="post" if axis.stepped else None,
+                        )  # fmt: skip
                     title = clean(item.label, 44)
                     _line(c, curve, {**style, "label": title}, name, axis, prefix=f"{item.label}: ")
                 _limits(c, [curve for _, curve in present], name, axis)
@@ -128,7 +130,8 @@ def comparison_curves(groups: Sequence[Group]) -> Drawn:
 
 def _line(c: Canvas, curve: Curve, style: dict[str, Any], key: str, axis: Axis, prefix: str = "") -> None:
     many = len(curve.x) > 40
-    c.axes.plot(curve.x, curve.y, **style | ({"marker": ""} if many else {}))
+    steps = {"drawstyle": "steps-post"} if axis.stepped else {}
+    c.axes.plot(curve.x, curve.y, **style | ({"marker": ""} if many else {}) | steps)
     step = max(1, len(curve.x) // MOST_TIPS)
     for i in range(0, len(curve.x), step):
         value = float(curve.y[i])

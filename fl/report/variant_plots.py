@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from fl.comparison import Row, aggregation_errors
-from fl.report.curves import Axis, Curve, mean_curve, metric_curve
+from fl.report.curves import Axis, Curve, axes_of, mean_curve, metric_curve
 from fl.report.groups import Group
 from fl.report.load import Run
 from fl.report.plots import metric_label
 from fl.report.style import INK, MUTED, SERIES, WIDE, Picture, canvas, clean, line_style, log_scale
 
-ROUNDS = Axis("round", "Rounds", "round")
 FLOOR = 1e-12  # errors below are rounding, and zero has no place on a log axis: they are drawn here
 MOST_PANELS = 40
 FEW = 4  # fewer variants than this are told apart in the curves themselves
@@ -25,11 +25,13 @@ def groups_of(rows: Sequence[Row]) -> list[Group]:
 
 
 def panels_picture(rows: Sequence[Row], columns: int = 4) -> Picture | None:
-    """The test metric against rounds, a panel a variant: its mean and its band, and the others' means in grey.
+    """The test metric, a panel a variant: its mean and its band, and the others' means in grey.
 
-    With many variants one figure of all lines can't be read; here each is seen against all.
+    With many variants one figure of all lines can't be read; here each is seen against all. The horizontal axis is
+    the one that `fl.report.curves.axes_of` puts first: rounds, or virtual time where the schedules differ.
     """
-    curves = [(row, _metric(row)) for row in rows]
+    axis = next(iter(axes_of([run for row in rows for run in row.completed])))
+    curves = [(row, _metric(row, axis)) for row in rows]
     present = [(row, curve) for row, curve in curves if curve is not None][:MOST_PANELS]
     if len(present) < FEW:
         return None
@@ -39,6 +41,7 @@ def panels_picture(rows: Sequence[Row], columns: int = 4) -> Picture | None:
     high = max(float(np.max(c.y if c.high is None else c.high)) for _, c in present)
     pad = 0.06 * (high - low) or 0.5
     label = metric_label(present[0][0].runs[0])
+    steps: dict[str, Any] = {"drawstyle": "steps-post"} if axis.stepped else {}
     with canvas(f"{label}, each variant against the others", "", width=WIDE, height=height) as c:
         c.axes.set_axis_off()
         across = (WIDE - left - 12.0 + 16.0) / columns
@@ -48,18 +51,19 @@ def panels_picture(rows: Sequence[Row], columns: int = 4) -> Picture | None:
             axes = c.figure.add_axes((x0 / WIDE, y0 / height, (across - 16.0) / WIDE, (cell - gap - 14.0) / height))
             for other, theirs in present:
                 if other is not row:
-                    axes.plot(theirs.x, theirs.y, color=MUTED, linewidth=0.6, alpha=0.35)
+                    axes.plot(theirs.x, theirs.y, color=MUTED, linewidth=0.6, alpha=0.35, **steps)
             color = SERIES[row.index % len(SERIES)]
             if curve.low is not None and curve.high is not None:
-                axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.25, linewidth=0)
-            axes.plot(curve.x, curve.y, color=color, linewidth=2.0)
+                band: dict[str, Any] = {"step": "post"} if axis.stepped else {}
+                axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.25, linewidth=0, **band)
+            axes.plot(curve.x, curve.y, color=color, linewidth=2.0, **steps)
             axes.set_title(clean(row.name, 28), fontsize=8.5, color=INK, loc="left", pad=3.0)
             axes.set_ylim(low - pad, high + pad)
             axes.tick_params(labelsize=7.5, labelleft=place % columns == 0)
             axes.tick_params(labelbottom=place + columns >= len(present))
             axes.locator_params(nbins=4)
-        c.figure.text(0.5, 6.0 / height, "round", ha="center", fontsize=9.0, color=MUTED)
-        return c.finish("variants", f"{label} against rounds, one panel a variant")
+        c.figure.text(0.5, 6.0 / height, axis.label, ha="center", fontsize=9.0, color=MUTED)
+        return c.finish("variants", f"{label} against {axis.label}, one panel a variant")
 
 
 def error_picture(rows: Sequence[Row]) -> Picture | None:
@@ -94,8 +98,8 @@ def floored(rows: Sequence[Row]) -> bool:
     return any(error < FLOOR for row in rows for run in row.completed for _, error in aggregation_errors(run))
 
 
-def _metric(row: Row) -> Curve | None:
-    return mean_curve([metric_curve(run, ROUNDS) for run in row.completed])
+def _metric(row: Row, axis: Axis) -> Curve | None:
+    return mean_curve([metric_curve(run, axis) for run in row.completed])
 
 
 def _errors(run: Run) -> Curve | None:

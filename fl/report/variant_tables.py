@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fl.comparison import BEST, UNRESOLVED, Comparison, Row, Spread, as_plain, blocks
+from fl.comparison import BEST, UNRESOLVED, Comparison, Row, as_plain, blocks
 from fl.records import plain, write_atomically
 from fl.report.claims import scope
-from fl.report.groups import rank, show
+from fl.report.groups import Spread, rank, show
 from fl.report.load import number
 from fl.report.numbers import DASH, describe, human, spread
+from fl.report.pace import pace_columns, pace_notes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,6 +53,8 @@ def columns(made: Comparison, tuned: bool = True) -> list[Column]:
         at = human(made.target, name.kind)
         found.append(Column(f"rounds to {at}", lambda row: _target(row, row.target_rounds, "rounds")))
         found.append(Column(f"bytes to {at}", lambda row: _target(row, row.target_bytes, "bytes")))
+        if made.stretch is not None:
+            found.append(Column(f"time to {at}", lambda row: _target(row, row.target_seconds, "seconds")))
     found.append(Column("up", lambda row: _bytes(row.bytes_up), cost=True))
     found.append(Column("down", lambda row: _bytes(row.bytes_down), cost=True))
     if any(row.bytes_once.n for row in rows):
@@ -61,6 +64,13 @@ def columns(made: Comparison, tuned: bool = True) -> list[Column]:
         found.append(Column("error, last round", lambda row: relative(row.last_error), cost=True))
     found.append(Column("trained", lambda row: DASH if row.trainable is None else f"{row.trainable:,}", cost=True))
     return found
+
+
+def time_columns(made: Comparison) -> list[Column]:
+    """The columns of the table of virtual time; none where it stands still."""
+    listed = pace_columns(made.metric, made.stretch, [row.pace for row in made.tuned])
+    cells = [Column(head, lambda row, cell=cell: cell(row.pace)) for head, cell in listed]  # type: ignore[misc]
+    return [Column("variant", lambda row: row.name, numeric=False), *cells] if cells else []
 
 
 def notes(made: Comparison) -> list[str]:
@@ -98,7 +108,7 @@ def notes(made: Comparison) -> list[str]:
     if made.target is not None:
         said.append(
             "To the target: the first evaluated round whose central test metric is at the target or better, over the "
-            "seeds that get there; bytes are up + down by the end of that round."
+            "seeds that get there; bytes are up + down by the end of that round, time is virtual time at that evaluation."
         )
     if any(row.first_error.n for row in made.rows):
         text = (
@@ -117,6 +127,9 @@ def markdown(made: Comparison) -> str:
         head, lines = grid_table(made)
         parts += ["", f"## Clients' {made.metric} at each {_cell(made.key or '')}", "", "The chosen one is bold.", ""]
         parts.append(_lines(head, [False] + [True] * (len(head) - 1), [_bold(line) for line in lines]))
+    if made.stretch is not None:
+        said = [f"- {_cell(note)}" for note in pace_notes(made.metric, made.stretch)]
+        parts += ["", "## Virtual time", "", *said, *_markdown_tables(time_columns(made), made.tuned)]
     for value, rows in made.equal:
         parts += ["", f"## All at {_cell(made.key or '')}={_cell(show(value))}"]
         parts += _markdown_tables(columns(made, tuned=False), rows)
@@ -237,7 +250,7 @@ def _target(row: Row, of: Spread, kind: str) -> str:
         return DASH
     if not of.n:
         return f"not reached (0 of {n})"
-    text = _bytes(of) if kind == "bytes" else _rounds(of)
+    text = _bytes(of) if kind == "bytes" else _rounds(of) if kind == "rounds" else spread("virtual_s", of.mean, of.std)
     return text if of.n == n else f"{text} ({of.n} of {n})"
 
 

@@ -22,11 +22,20 @@ from fl.report.frontier import frontier_card
 from fl.report.groups import Group, show
 from fl.report.load import Collection, Run
 from fl.report.numbers import describe, human, spread
+from fl.report.pace import pace_notes
 from fl.report.page import Markup, card, figure, join, page, table, tag
 from fl.report.plots import client_quantiles, comparison_curves
 from fl.report.style import SERIES, Picture
 from fl.report.variant_plots import FLOOR, error_picture, floored, groups_of, panels_picture
-from fl.report.variant_tables import Column, columns, grid_table, grid_values, left_out_lines, notes
+from fl.report.variant_tables import (
+    Column,
+    columns,
+    grid_table,
+    grid_values,
+    left_out_lines,
+    notes,
+    time_columns,
+)
 
 MOST_NAMED = 8
 
@@ -53,6 +62,7 @@ def variants_page(found: Collection, out: Path) -> tuple[str, list[Picture]]:
         _tuned_card(made),
         outcome_cards(key, final, clients, [held] if held else [], "variant"),
         curves_card(best, curves, *([figure(panels)] if panels else [])),
+        _time_card(made),
         _error_card(errors, made.tuned),
         _choice_card(made),
         _equal_card(made),
@@ -114,6 +124,14 @@ def _tuned_card(made: Comparison) -> Markup:
     title = f"Each variant at its own {made.key}" if made.key else "Comparison"
     listed = tag("ul", *[tag("li", note) for note in notes(made)], class_="note")
     return card(title, *_tables(columns(made), made.tuned), listed)
+
+
+def _time_card(made: Comparison) -> Markup | None:
+    shown = time_columns(made)
+    if not shown or made.stretch is None:
+        return None
+    listed = tag("ul", *[tag("li", note) for note in pace_notes(made.metric, made.stretch)], class_="note")
+    return card("Virtual time", _table(shown, made.tuned), listed)
 
 
 def _tables(shown: Sequence[Column], rows: Sequence[Row]) -> list[Markup]:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from aggregators.base import Aggregator, ServerOptimizer
+from aggregators.staleness import Auto, Constant, Staleness, Treatment
 from clients.local.training import LocalTraining
 from fl.clock import Clock
 from fl.config import setting
 from fl.downlink import Downlink
+from fl.fleet import Fleet
 from fl.messages import EvaluateRequest, Request, TrainReply, TrainRequest, payload_bytes
 from fl.network import Network
 from fl.sampling import Sampling
@@ -32,6 +34,10 @@ from privacy.base import Guard
 from privacy.secure_aggregation.settings import SecAggPlus
 from privacy.secure_aggregation.shares import ProofCodec, SecretShares
 
+if TYPE_CHECKING:
+    from fl.experiment import Settings
+
+Parts = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays and plain values, as `fl.checkpoint.save` takes them
 Event = dict[str, Any]
 MESSAGE_TYPE = {
     "train": "train",
@@ -43,7 +49,11 @@ MESSAGE_TYPE = {
 
 @dataclass
 class World:
-    """The parts of one run that a schedule needs. ``server`` and ``clock`` are what a checkpoint keeps."""
+    """The parts of one run that a schedule needs.
+
+    A checkpoint keeps ``server``, ``clock`` and what ``keep`` gives, which the schedule sets where it has more to keep;
+    a run that goes on finds that in ``kept``.
+    """
 
     grid: Grid
     nodes: Sequence[int]  # node id of each client
@@ -62,6 +72,14 @@ class World:
     codecs: Codecs | None = None  # of secure aggregation
     measure_error: bool = False  # compare each new version's weight change with the mean of the clients'
     clock: Clock = field(default_factory=Clock)
+    sizes: Sequence[int] = ()  # training examples of each client
+    treatment: Treatment = field(default_factory=Treatment)
+    keep: Callable[[], Parts] | None = None
+    kept: Parts | None = None
+    fleet: Fleet = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fleet = self.network.fleet(self.seed, self.number)
 
     @property
     def number(self) -> int:
@@ -90,9 +108,13 @@ class World:
         lr: float,
         server: ServerState,
         arrays: Mapping[str, np.ndarray] | None = None,
+        phase: int | None = None,
     ) -> TrainRequest:
-        """The request to train ``server``'s state in ``round``, with what ``client`` does not hold of it."""
-        state, header = self.downlink.request(server, client, server.space.trains(round))
+        """The request to train ``server``'s state in ``round``, with what ``client`` does not hold of it.
+
+        What trains is that of the round ``phase``, where the jobs of a client are numbered by themselves.
+        """
+        state, header = self.downlink.request(server, client, server.space.trains(phase or round))
         header = {"lr": lr, **header}
         every = {**self.guard.broadcast(server), **(arrays or {})}
         return TrainRequest(client, round, server.version, state, server.layout.hash, header, every)
@@ -102,9 +124,11 @@ class World:
         state, header = self.downlink.request(server, client, None)
         return EvaluateRequest(client, server.round, server.version, state, server.layout.hash, header)
 
-    def update(self, reply: TrainReply, server: ServerState, sent: int, arrived: int) -> Update:
+    def update(
+        self, reply: TrainReply, server: ServerState, sent: int, arrived: int, phase: int | None = None
+    ) -> Update:
         """The accepted ``reply`` to a request made from ``server``, as aggregation rules see it; times are ticks."""
-        space, groups = server.space, server.space.trains(reply.round)
+        space, groups = server.space, server.space.trains(phase or reply.round)
         columns = space.columns(groups, reply.client)
         # Under secure aggregation the update is masked, and not here.
         vector = reply.update if len(reply.update) == 0 else space.lift(reply.update, groups, reply.client)
@@ -153,6 +177,18 @@ class Schedule(ABC):
 
     rounds: int = setting(10, ge=1, help="rounds of training")
     max_update_norm: float = setting(1e4, gt=0, help="an update of larger L2 norm is rejected")
+
+    # Whether every update of a round is from a client that the round asked, and no client has two in it: what counting
+    # on the sampling, on sums of a round, or on stages around its training needs.
+    in_rounds: ClassVar[bool] = False
+    staleness: ClassVar[Staleness] = Constant()  # the schedule's own, under ``aggregator.staleness=auto``
+
+    def check(self, settings: Settings) -> None:  # noqa: B027  (most go with everything)
+        """Raise `ConfigError`, before anything loads, for settings that this schedule can't go with."""
+
+    def rule(self, chosen: Staleness) -> Staleness:
+        """The rule for stale updates: ``chosen``, or the schedule's own."""
+        return self.staleness if isinstance(chosen, Auto) else chosen
 
     def participations(self) -> int | None:
         """How many jobs one client can be asked for in the whole run, at most; None: there is no bound."""

@@ -15,9 +15,10 @@ import numpy as np
 from flwr.app import Message
 
 from aggregators.factored import relative_error
-from fl.clock import Clock, EventQueue, Priority, ticks
+from fl.clock import Clock, EventQueue, Priority, seconds, ticks
 from fl.config import setting
 from fl.errors import RunStopped, ShoalError
+from fl.fleet import Job
 from fl.messages import TrainReply, payload_bytes
 from fl.schedules.base import Event, Schedule, World
 from fl.state import Update
@@ -35,6 +36,8 @@ class Synchronous(Schedule):
 
     deadline_s: float | None = setting(None, gt=0, help="virtual seconds after which a round ends; null: none")
     min_clients: int = setting(1, ge=1, help="accepted updates that a round needs; with fewer the run stops")
+
+    in_rounds = True
 
     def participations(self) -> int | None:
         return self.rounds
@@ -58,18 +61,22 @@ class Synchronous(Schedule):
         queue = EventQueue(Clock(start))
         heard: set[int] = set()
         acknowledged: list[int] = []
-        for client, reply in replies:
-            checked = world.validator.check(reply, requests[client])
-            up = 0 if reply.has_error() else payload_bytes(reply.content)
-            job = world.network.job(world.seed, client, round, _steps(checked, reply), down[client], up)
+        answers = [(c, world.validator.check(reply, requests[c]), reply) for c, reply in replies]
+        ups = [0 if reply.has_error() else payload_bytes(reply.content) for _, _, reply in answers]
+        once = {c: (c, round, _steps(k, reply), down[c], up) for (c, k, reply), up in reversed([*zip(answers, ups)])}
+        jobs = dict(zip(once, world.fleet.jobs(start, list(once.values())), strict=True))
+        for (client, checked, _), up in zip(answers, ups, strict=True):
+            job = jobs[client]
             if job.dropped_at is not None:
                 checked, up = Rejection(Reason.ERROR, "its work was lost on the way"), 0
             if isinstance(checked, TrainReply):
                 acknowledged.append(client)
-            when = start + (job.total if job.dropped_at is None else job.dropped_at)
-            queue.push(when, Priority.ARRIVE, client, _Arrival(checked, up, 0 if client in heard else down[client]))
+            when = job.arrived if job.dropped_at is None else job.dropped_at
+            down_once = 0 if client in heard else down[client]
+            queue.push(when, Priority.ARRIVE, client, _Arrival(checked, up, down_once, start, job))
             heard.add(client)
-        once = sum(world.downlink.once(server, c, server.space.trains(round), requests[c].extra) for c in asked)
+        trained = server.space.trains(round)
+        first_contact = sum(world.downlink.once(server, c, trained, requests[c].extra) for c in asked)
         for client in acknowledged:
             world.downlink.heard(client, server.version)
         if self.deadline_s is not None:
@@ -148,21 +155,23 @@ class Synchronous(Schedule):
             "tokens": totals["tokens"],
             "loss": float(np.mean(losses)) if losses else None,
             "update_norm": moved,
-            "bytes_once": once,
+            "bytes_once": first_contact,
             "aggregation_error": error,
             "epsilon": world.guard.epsilon,
+            "staleness": 0.0 if accepted else None,
+            "live_versions": 1,
         }
 
     def _sample(self, world: World, round: int) -> list[int]:
         """Sampled clients, once enough are available; moves the clock to that moment."""
-        everyone, begun, cycle = range(world.number), world.clock.now, world.network.cycle
+        everyone, begun, cycle = range(world.number), world.clock.now, world.fleet.cycle
         needed = world.sampling.needed(world.number, world.per_round)
         while True:
             now = world.clock.now
-            ready = [c for c in everyone if world.network.available(world.seed, c, now)]
+            ready = [c for c in everyone if world.fleet.available(c, now)]
             if len(ready) >= needed:
                 return world.sampling.sample(world.seed, round, ready, world.number, world.per_round)
-            later = [world.network.next_available(world.seed, c, now + 1) for c in everyone if c not in set(ready)]
+            later = [world.fleet.next_available(c, now + 1) for c in everyone if c not in set(ready)]
             times = [t for t in later if t is not None]
             if not times or (cycle is not None and min(times) > begun + cycle):
                 raise RunStopped(
@@ -177,6 +186,8 @@ class _Arrival:
     checked: TrainReply | Rejection
     bytes_up: int
     bytes_down: int
+    sent: int  # ticks
+    job: Job
 
 
 def _steps(checked: TrainReply | Rejection, reply: Message) -> int:
@@ -209,4 +220,7 @@ def _client_event(
         "loss": good.loss if good else None,
         "accepted": isinstance(checked, TrainReply),
         "reason": None if isinstance(checked, TrainReply) else checked.reason.value,
+        "sent_s": seconds(arrival.sent),
+        "began_s": seconds(min(arrival.job.began, time)),
+        "done_s": seconds(min(arrival.job.done, time)),
     }

@@ -37,9 +37,9 @@ class SecureAggregation:
         if settings.adapter.mixed_ranks:
             allowed = f"one rank for all clients with secure_aggregation={name}: sums are over equal columns"
             raise ConfigError("adapter.rank", getattr(settings.adapter, "rank", None), allowed)
-        if settings.schedule.participations() is None:
-            allowed = f"a schedule in rounds, with secure_aggregation={name}"
-            raise ConfigError("schedule", type(settings.schedule).__name__, allowed)
+        if not settings.schedule.in_rounds:
+            allowed = f"a schedule in rounds, with secure_aggregation={name}: a sum is over clients asked together"
+            raise ConfigError("schedule", type(settings.schedule).__name__, allowed, "Use schedule=synchronous.")
         if settings.evaluation.aggregation_error:
             allowed = f"false with secure_aggregation={name}: single updates are not known"
             raise ConfigError("evaluation.aggregation_error", True, allowed)

@@ -1,4 +1,4 @@
-"""Times follow from sizes and speeds, draws from their keys, and a bad trace is refused with its line."""
+"""Devices follow from their model, draws from their keys, and windows open and close when they should."""
 
 import dataclasses
 from pathlib import Path
@@ -12,7 +12,10 @@ import fl.network
 from fl.clock import ticks
 from fl.config import build
 from fl.errors import ConfigError
-from fl.network import Instant, Lognormal, Network, Trace, Uniform
+from fl.keys import generator
+from fl.network import GilbertElliott, Instant, Linear, Lognormal, Network, Trace, Uniform
+from fl.trace import Device
+from tests.oracles.queues import chain
 
 HEADER = "client,seconds_per_step,latency_s,up_mbps,down_mbps"
 WINDOWS = HEADER + ",from_s,until_s"
@@ -24,35 +27,10 @@ def trace(tmp_path, *rows, header=HEADER, **settings) -> Trace:
     return Trace(path=str(path), **settings)
 
 
-def test_instant_takes_no_time():
-    job = Instant().job(0, 3, 1, 50, 10**9, 10**9)
-    assert (job.down_s, job.compute_s, job.up_s, job.total, job.dropped_at) == (0, 0, 0, 0, None)
-
-
-def test_uniform_times_follow_from_sizes():
-    network = Uniform(seconds_per_step=0.2, latency_s=0.05, down_mbps=40.0, up_mbps=8.0)
-    job = network.job(0, 3, 1, 10, 1_000_000, 2_000_000)
-    assert job.down_s == pytest.approx(0.05 + 0.2)  # 8 Mbit at 40 Mbit/s
-    assert job.compute_s == pytest.approx(2.0)
-    assert job.up_s == pytest.approx(0.05 + 2.0)  # 16 Mbit at 8 Mbit/s
-    assert job.total == 250_000 + 2_000_000 + 2_050_000
-    assert network.job(9, 5, 7, 10, 1_000_000, 2_000_000) == job
-
-
-def test_unlimited_rates_leave_the_latency():
-    job = Uniform(seconds_per_step=0, latency_s=0.5, down_mbps=None, up_mbps=None).job(0, 0, 1, 10, 10**9, 10**9)
-    assert (job.down_s, job.up_s, job.total) == (0.5, 0.5, 1_000_000)
-
-
-def test_parts_are_rounded_before_they_are_added():
-    job = Uniform(seconds_per_step=0.6e-6, latency_s=0.6e-6, down_mbps=None, up_mbps=None).job(0, 0, 1, 1, 0, 0)
-    assert job.total == 3  # 1.8 microseconds in all
-
-
 def test_lognormal_draws_each_client_once():
     network = Lognormal(seconds_per_step=0.1, speed_sigma=0.5, link_sigma=0.7)
-    devices = [network.device(4, c) for c in range(2000)]
-    assert devices[17] == network.device(4, 17) != network.device(5, 17)
+    devices = [network.device(4, c, 2000) for c in range(2000)]
+    assert devices[17] == network.device(4, 17, 18) != network.device(5, 17, 18)
     logs = {
         name: np.log([getattr(d, name) for d in devices])
         for name in ("seconds_per_step", "latency_s", "down_mbps", "up_mbps")
@@ -64,33 +42,82 @@ def test_lognormal_draws_each_client_once():
         assert logs[name].std() == pytest.approx(sigma, rel=0.06)
     np.testing.assert_allclose(logs["down_mbps"] - logs["up_mbps"], np.log(5))  # one link, both ways
     assert abs(np.corrcoef(logs["seconds_per_step"], logs["up_mbps"])[0, 1]) < 0.1
-    jobs = [network.job(4, 17, round, 10, 10**6, 10**6) for round in (1, 2)]
-    assert jobs[0] == jobs[1]
 
 
 def test_lognormal_without_spread_is_uniform():
-    same = Lognormal(speed_sigma=0.0, link_sigma=0.0).job(1, 2, 3, 4, 5000, 6000)
-    assert same == Uniform().job(1, 2, 3, 4, 5000, 6000)
-    assert Lognormal(down_mbps=None).device(0, 1).down_mbps is None
+    same = Lognormal(speed_sigma=0.0, link_sigma=0.0).device(1, 2, 9)
+    assert same == Uniform().device(1, 2, 9) == Device(0.1, 0.05, 50.0, 10.0)
+    assert Lognormal(down_mbps=None).device(0, 1, 9).down_mbps is None
 
 
-def test_dropouts_follow_their_probability_and_their_key():
-    network = Uniform(dropout=0.3)
-    jobs = [network.job(0, c, r, 10, 1000, 1000) for c in range(40) for r in range(50)]
-    lost = [job.dropped_at for job in jobs if job.dropped_at is not None]
-    assert len(lost) / len(jobs) == pytest.approx(0.3, abs=0.035)
-    assert all(0 <= at < job.total for job in jobs if (at := job.dropped_at) is not None)
-    assert np.mean(lost) / jobs[0].total == pytest.approx(0.5, abs=0.05)
-    assert network.job(0, 3, 9, 10, 1000, 1000) == network.job(0, 3, 9, 10, 1000, 1000)
-    fates = {tuple(network.job(s, 3, r, 1, 0, 0).dropped_at is None for r in range(20)) for s in range(5)}
-    assert len(fates) == 5
-    assert all(Uniform(dropout=1.0).job(0, c, 1, 1, 0, 0).dropped_at is not None for c in range(50))
-    assert all(Uniform(dropout=0.0).job(0, c, 1, 1, 0, 0).dropped_at is None for c in range(50))
+def test_some_clients_may_be_slow():
+    network = Uniform(seconds_per_step=0.25, slow_clients=[4, 1], slow_factor=40.0)
+    speeds = [network.device(0, c, 6).seconds_per_step for c in range(6)]
+    assert speeds == [0.25, 10.0, 0.25, 0.25, 10.0, 0.25]
+    assert network.device(0, 4, 6) == dataclasses.replace(network.device(0, 0, 6), seconds_per_step=10.0)
+    network.check(5)
+    for clients, number in (([4, 1], 4), ([-1], 9)):
+        with pytest.raises(ConfigError, match=rf"network.slow_clients=.*clients 0 to {number - 1}; there is no client"):
+            Uniform(slow_clients=clients).check(number)
 
 
-def test_a_client_dies_at_the_same_share_of_its_work_however_long_that_is():
-    short, long = (Uniform(dropout=1.0).job(0, 1, 1, steps, 0, 0) for steps in (10, 1000))
-    assert short.dropped_at / short.total == pytest.approx(long.dropped_at / long.total, abs=1e-4)
+def test_linear_speeds_are_those_of_fedfix():
+    network = Linear(seconds_per_step=2.0, spread=0.8)
+    assert [network.device(0, c, 5).seconds_per_step for c in range(5)] == pytest.approx([2.0, 1.6, 1.2, 0.8, 0.4])
+    assert network.device(0, 0, 1).seconds_per_step == 2.0
+    assert {Linear(spread=0.0).device(0, c, 7) for c in range(7)} == {Uniform().device(0, 0, 7)}
+
+
+def test_linear_speeds_may_be_dealt_out():
+    plain, dealt = Linear(), Linear(shuffle=True)
+
+    def speeds(network, seed):
+        return [network.device(seed, c, 30).seconds_per_step for c in range(30)]
+
+    assert speeds(dealt, 3) == speeds(dealt, 3) != speeds(plain, 3)
+    assert speeds(dealt, 3) != speeds(dealt, 4)
+    assert sorted(speeds(dealt, 3)) == sorted(speeds(plain, 3))
+
+
+CHAINS = [(0.3, 0.6), (0.02, 0.05), (0.9, 0.7), (0.0, 0.4), (0.4, 0.0), (1.0, 1.0), (0.25, 0.75)]
+
+
+@pytest.mark.parametrize(("p_gb", "p_bg"), CHAINS)
+def test_the_chain_is_the_one_that_goes_job_by_job(p_gb, p_bg):
+    network = GilbertElliott(p_gb=p_gb, p_bg=p_bg)
+    for client in range(4):
+        uniforms = [u for block in range(4) for u in generator(9, "gilbert elliott", client, block).random(64)]
+        expected = chain(uniforms, p_gb, p_bg)
+        order = np.argsort(generator(client).random(256))  # a state does not depend on those asked for before
+        assert {k: network.bad(9, client, int(k)) for k in order} == dict(enumerate(expected))
+
+
+@pytest.mark.parametrize(("p_gb", "p_bg"), [(0.3, 0.6), (0.05, 0.1), (0.9, 0.7)])
+def test_the_chain_is_stationary_and_changes_as_it_should(p_gb, p_bg):
+    """Counts over independent clients within 7 standard deviations of their means, each variance >= 200: by Bernstein's
+    inequality a false alarm has probability < 2e-9 each, < 1e-7 in all."""
+    network, clients = GilbertElliott(p_gb=p_gb, p_bg=p_bg), 8000
+    bad = {k: np.array([network.bad(2, c, k) for c in range(clients)]) for k in (0, 40, 41)}
+    share = p_gb / (p_gb + p_bg)
+    counts = [(states, share, clients) for states in bad.values()]
+    counts += [(bad[40] & ~bad[41], p_bg, bad[40].sum()), (~bad[40] & bad[41], p_gb, (~bad[40]).sum())]
+    for found, p, number in counts:
+        variance = number * p * (1 - p)
+        assert variance >= 200
+        assert abs(found.sum() - number * p) < 7 * np.sqrt(variance)
+
+
+def test_bad_jobs_take_longer():
+    network = GilbertElliott(p_gb=0.5, p_bg=0.5, seconds_per_step=0.2, seconds_per_job=3.0, slowdown=7.0)
+    device = network.device(1, 0, 5)
+    times = {network.bad(1, 0, k): network.compute_s(1, 0, k, 10, device) for k in range(30)}
+    assert times == {False: 5.0, True: 35.0}
+    assert {network.compute_s(1, 0, k, 0, device) for k in range(30)} == {0.0}  # a message, and no work
+
+
+def test_a_chain_has_to_change():
+    with pytest.raises(ConfigError, match=r"network.p_bg=0.0 .*stationary"):
+        GilbertElliott(p_gb=0.0, p_bg=0.0)
 
 
 def test_availability_is_a_share_of_the_time():
@@ -119,6 +146,28 @@ def test_the_next_available_tick_is_the_first(network):
                 assert not network.available(0, client, then - 1)
 
 
+def brief(tmp_path, kind: str) -> Network:
+    """Clients 0 to 5 with windows of a few ticks."""
+    rows = {0: [(3, 5), (5, 9), (12, 13)], 1: [(0, 4)], 2: [(1, 20)], 3: [(0, 6), (16, 20)], 4: [(0, 8), (8, 20)]}
+    lines = [f"{c},0,0,,,{a * 1e-6:.6f},{b * 1e-6:.6f}" for c, windows in rows.items() for a, b in windows]
+    return {
+        "phases": Instant(availability=0.3, availability_period_s=10e-6),
+        "nearly": Instant(availability=0.99, availability_period_s=10e-6),
+        "once": trace(tmp_path, *lines, "5,0,0,,,,", header=WINDOWS),
+        "laps": trace(tmp_path, *lines, "5,0,0,,,,", header=WINDOWS, repeat_s=20e-6),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["phases", "nearly", "once", "laps"])
+def test_the_tick_of_leaving_is_the_first_without_the_client(tmp_path, kind):
+    network, far = brief(tmp_path, kind), 100
+    for client in range(6):
+        on = [network.available(0, client, now) for now in range(far)]
+        for now in range(far - 45):
+            expected = next((t for t in range(now, far) if not on[t]), None)
+            assert network.leaves(0, client, now) == expected, (client, now)
+
+
 def test_always_available_by_default():
     assert all(
         network.available(0, c, now) for network in (Instant(), Lognormal()) for c in range(5) for now in (0, 10**12)
@@ -127,16 +176,14 @@ def test_always_available_by_default():
 
 def test_a_trace_gives_each_client_its_device(tmp_path):
     network = trace(tmp_path, "0,0.5,0.1,8,80", "7,1,0,,")
-    job = network.job(0, 0, 1, 2, 10**6, 10**6)
-    assert (job.down_s, job.compute_s, job.up_s) == pytest.approx((0.1 + 0.1, 1.0, 0.1 + 1.0))
-    job = network.job(0, 7, 1, 2, 10**6, 10**6)
-    assert (job.down_s, job.compute_s, job.up_s) == (0, 2, 0)
+    assert network.device(0, 0, 8) == Device(0.5, 0.1, 80.0, 8.0)
+    assert network.device(0, 7, 8) == Device(1.0, 0.0, None, None)
     assert network.available(0, 0, 10**15)
 
 
 def test_the_order_of_columns_is_free(tmp_path):
     network = trace(tmp_path, "80,8,0.1,0.5,0", header="down_mbps,up_mbps,latency_s,seconds_per_step,client")
-    device = network.device(0, 0)
+    device = network.device(0, 0, 1)
     assert (device.seconds_per_step, device.latency_s, device.up_mbps, device.down_mbps) == (0.5, 0.1, 8, 80)
 
 
@@ -168,7 +215,7 @@ def test_a_trace_must_list_every_client(tmp_path):
     with pytest.raises(ConfigError, match=r"network.path=.*no client 2"):
         network.check(4)
     with pytest.raises(ConfigError, match=r"no client 9"):
-        network.job(0, 9, 1, 1, 0, 0)
+        network.device(0, 9, 10)
     for other in (Instant(), Uniform(), Lognormal()):
         other.check(10**6)
 
@@ -187,11 +234,31 @@ def test_a_repeat_must_cover_the_windows(tmp_path):
 def test_settings_are_checked():
     made = build({"_target_": "fl.network.Uniform", "up_mbps": None, "dropout": 0.1}, "network", Network)
     assert made == Uniform(up_mbps=None, dropout=0.1)
-    for name, bad in [("dropout", 1.5), ("latency_s", -1), ("up_mbps", 0), ("availability", 0), ("speed", 3)]:
+    for name, bad in [
+        ("dropout", 1.5), ("latency_s", -1), ("up_mbps", 0), ("availability", 0), ("speed", 3),
+        ("rejoin_s", -1), ("on_leave", "stay"), ("server_up_mbps", 0), ("server_down_mbps", 0), ("slow_factor", 0),
+        ("slow_clients", 3),
+    ]:  # fmt: skip
         with pytest.raises(ConfigError, match=rf"network\.{name}="):
             build({"_target_": "fl.network.Uniform", name: bad}, "network", Network)
+    for kind, name, bad in [
+        ("Linear", "spread", 1.0), ("Linear", "spread", -0.1), ("GilbertElliott", "p_gb", 1.1),
+        ("GilbertElliott", "p_bg", -0.1), ("GilbertElliott", "slowdown", 0.5),
+        ("GilbertElliott", "seconds_per_job", -1),
+    ]:  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"network\.{name}="):
+            build({"_target_": f"fl.network.{kind}", name: bad}, "network", Network)
     with pytest.raises(ConfigError, match=r"network\.path="):
         build({"_target_": "fl.network.Trace", "path": None, "repeat_s": None, "dropout": 0.0}, "network", Network)
+
+
+def test_who_is_always_available(tmp_path):
+    assert Instant().always_available and Uniform(dropout=0.5).always_available and Linear(rejoin_s=9).always_available
+    assert not Uniform(dropout=0.5, rejoin_s=1.0).always_available
+    assert not Instant(availability=0.99).always_available
+    assert trace(tmp_path, "0,1,0,1,1").always_available
+    assert not trace(tmp_path, "0,1,0,1,1", dropout=0.5, rejoin_s=1.0).always_available
+    assert not trace(tmp_path, "0,1,0,1,1,0,5", header=WINDOWS).always_available
 
 
 @pytest.mark.parametrize("path", sorted(Path(configs.__file__).parent.glob("network/*.yaml")), ids=lambda p: p.stem)

@@ -596,7 +596,7 @@ def test_the_comparison_is_also_written_as_markdown_and_json(variants, tmp_path)
     assert json.loads((tmp_path / "comparison.json").read_text()) == as_plain(made)
     text = path.read_text()
     tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("| ")]
-    assert [len(lines) - 2 for lines in tables] == [9, 9, 5, 9, 9]
+    assert [len(lines) - 2 for lines in tables] == [9, 9, 9, 5, 9, 9]
     for lines in tables:
         assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
     head = [cell.strip() for cell in tables[0][0].strip("| ").split(" | ")]

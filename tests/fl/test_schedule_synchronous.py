@@ -175,7 +175,8 @@ def test_the_mean_of_the_updates_is_added_and_the_version_counts_up():
     assert rounds[0] | {"bytes_down": 0, "bytes_up": 0, "update_norm": 0} == {
         "event": "round", "round": 1, "version": 1, "virtual_s": 0.0, "sampled": 3, "accepted": 3, "rejected": {},
         "bytes_down": 0, "bytes_up": 0, "client_steps": 6, "tokens": 30, "loss": 1.5, "update_norm": 0, "epsilon": None,
-        "bytes_once": 0, "aggregation_error": None,
+        "bytes_once": 0, "aggregation_error": None, "staleness": 0.0,
+            "live_versions": 1,
     }  # fmt: skip
 
 
