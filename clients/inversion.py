@@ -1,17 +1,10 @@
 """Gradient inversion: made-up samples whose local training would have given an update.
 
-A client's update after E full-batch steps is a function of where it started and of its data,
-
-    U(w; X, Y) = w_E - w,    w_{k+1} = step( w_k, grad (1/m) sum_j CE( softmax(Y_j), f(w_k; X_j) ) )
-
-with the client's own ``step`` (`LocalTraining`), so U can be differentiated in X and Y through all E steps, and
-
     (X, Y) = argmin || U(w_start; X, Y) - Delta ||_1
 
-is sought for an update Delta that started from w_start (Wang and Gao, arXiv 2309.13536, section 3). Then U(w; X, Y) says
-what the same client would have answered from another w. Tokens are discrete, so X is a tensor of hidden states: those
-that enter the first adapted layer. All below it is frozen: nothing of an update says more about the tokens than they
-do, and the layers below need not run. Y are the logits of soft labels.
+for an update Delta that started from w_start (Wang and Gao, arXiv 2309.13536, section 3), by Adam on the gradient in Y
+and on the sign of the gradient in X. U is in `clients.unrolled`. Then U(w; X, Y) says what the same client would have
+answered from another w.
 """
 
 from __future__ import annotations
@@ -19,187 +12,167 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from clients.cohort import Cohort, CohortBatch
-from clients.local.training import LocalTraining, clip_rows
-from clients.prefix import _skipping
-from fl.errors import ConfigError
+from clients.adapters.base_change import Change
+from clients.cohort import Cohort
+from clients.local.training import LocalTraining
+from clients.unrolled import Entrance, Samples, Unrolled
+from fl.keys import torch_generator
 
 DECAYS = (3 / 8, 5 / 8, 7 / 8)  # of the iterations, where the step of the search falls to a tenth
-
-
-@dataclass
-class Samples:
-    """m made-up samples for each of S slots: hidden states ``x`` ``(S, m, T, h)``, and logits of soft labels ``y``.
-
-    ``y`` is ``(S, m, C)``, or ``(S, m, T - 1, V)`` for the next tokens of a causal language model.
-    """
-
-    x: Tensor
-    y: Tensor
-
-
-class Entrance:
-    """Lets the hidden states of a `CohortBatch` (its ``prefix``) enter a model at its first adapted layer.
-
-    Raises `ConfigError` where something is adapted below the model's list of layers, or beside it.
-    """
-
-    def __init__(self, cohort: Cohort):
-        layers, cut = _adapted(cohort)
-        self.cohort, self._seen = cohort, torch.empty(0)
-        for layer in layers[:cut]:
-            layer.forward = _skipping(layer.forward, lambda: cohort.slots.prefix is not None)
-        layers[cut].register_forward_pre_hook(self._enter, with_kwargs=True)
-
-    def _enter(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        prefix = self.cohort.slots.prefix
-        if prefix is None:
-            self._seen = args[0] if args else kwargs["hidden_states"]
-            return args, kwargs
-        return ((prefix, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": prefix})
-
-    def hidden(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``(n, T, h)``: what enters the first adapted layer for the token ids ``(n, T)``."""
-        mask = torch.ones_like(ids) if mask is None else mask
-        batch = CohortBatch(ids[None], mask[None], ids[None], torch.ones(1, len(ids)), [len(ids)])
-        with torch.no_grad():
-            self.cohort.logits(self.cohort.layout.views(self.cohort.initial.to(self.cohort.device)[None]), batch)
-        return self._seen
-
-    def random(self, number: int, width: int, generator: torch.Generator) -> Tensor:
-        """``(number, width, h)``: the hidden states of random tokens."""
-        ids = torch.randint(self.cohort.model.config.vocab_size, (number, width), generator=generator)
-        return self.hidden(ids.to(self.cohort.device))
-
-
-def _adapted(cohort: Cohort) -> tuple[Sequence[nn.Module], int]:
-    """The model's list of layers and the index of the first adapted one."""
-    paths = [path for path, module in cohort.model.named_modules() if any(module is s for _, _, s in cohort.swaps)]
-    for path, module in cohort.model.named_modules():
-        inside = [int(p[len(path) + 1 :].split(".")[0]) for p in paths if p.startswith(path + ".")] if (
-            isinstance(module, nn.ModuleList)
-        ) else []
-        if inside:
-            beside = [p for p in paths if not p.startswith(path + ".")]
-            if all(p.rpartition(".")[2] in ("classifier", "score", "lm_head") for p in beside):
-                return list(module), min(inside)
-    allowed = "modules inside the model's list of layers, so that hidden states can enter below all of them"
-    raise ConfigError("adapter.target_modules", paths, allowed, "Or another aggregator.staleness.")
-
-
-class Unrolled:
-    """``U(w; X, Y)`` of a client with the algorithm ``local``, for S slots at once; differentiable in X and Y.
-
-    The steps are those of `LocalTraining.fit`, made by the same code. An optimiser that changes tensors which its own
-    gradient needs (AdamW) can't be differentiated so.
-    """
-
-    def __init__(self, cohort: Cohort, local: LocalTraining):
-        self.cohort, self.local = cohort, local
-
-    def change(
-        self, start: Tensor, samples: Samples, steps: int, trained: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """``(S, d)``: the change of ``start`` ``(S, d)`` after ``steps`` steps at ``local.lr`` on ``samples``.
-
-        ``trained`` ``(d,)`` bool are the columns that move (None: all); ``mask`` ``(S, m, T)`` is 1 at tokens that
-        count (None: all do).
-        """
-        differentiable = samples.x.requires_grad or samples.y.requires_grad
-        batch, targets = self._batch(samples, mask), samples.y.softmax(-1)
-        params = start.clone()
-        state = self.local.optimizer.init(params)
-        lr = torch.full((len(start), 1), self.local.lr, dtype=start.dtype, device=start.device)
-        for step in range(1, steps + 1):
-            if not params.requires_grad:
-                params.requires_grad_()
-            loss = self._loss(params, batch, targets)
-            grads = torch.autograd.grad(loss.sum(), params, create_graph=differentiable)[0]
-            grads = grads.clone() if trained is None else grads * trained
-            # In place on copies: an algorithm's own code may overwrite what it is given, and the graph needs the rest.
-            params = params.clone() if differentiable else params.detach()
-            grads = self.local.direction(params, grads, start, self.cohort)
-            if self.local.clip_norm is not None:
-                grads = clip_rows(grads, self.local.clip_norm)
-            self.local.optimizer.step(params, grads, state, step, lr)
-        return params - start
-
-    def _batch(self, samples: Samples, mask: Tensor | None) -> CohortBatch:
-        slots, number, width, _ = samples.x.shape
-        # Token ids are not read, but some models look for padding among them.
-        ids = torch.ones(slots, number, width, dtype=torch.long, device=samples.x.device)
-        weights = torch.full((slots, number), 1 / number, dtype=torch.float64, device=samples.x.device)
-        mask = torch.ones_like(ids) if mask is None else mask
-        return CohortBatch(ids, mask, ids[..., 0], weights, [number] * slots, prefix=samples.x)
-
-    def _loss(self, params: Tensor, batch: CohortBatch, targets: Tensor) -> Tensor:
-        """``(S,)``: cross-entropy to the soft labels ``targets``, as `clients.cohort` has it for hard ones."""
-        logits = self.cohort.logits(self.cohort.layout.views(params), batch)
-        if targets.dim() == 4:
-            logits = logits[..., :-1, :]
-        losses = -(targets * F.log_softmax(logits, -1)).sum(-1)
-        return losses.flatten(1).mean(1)
+PROBE = 256  # random sequences whose hidden states say what a hidden state can be
+SLOTS = 8  # updates that are inverted in one pass
 
 
 @dataclass(frozen=True)
 class Search:
-    """How samples are sought: Adam on the sign of the gradient in X and on the gradient in Y, as published.
+    """How samples are sought. ``lr`` is the first step, for X as a share of its range; it falls to a tenth at `DECAYS`.
 
-    ``lr`` is the first step, for X as a share of what a hidden state can be (``low`` to ``high``, ``(h,)``), which also
-    bounds it; it falls to a tenth at `DECAYS`. ``matched`` is the share of Delta's coordinates, the largest, that are
-    matched.
+    ``matched`` is the share of Delta's coordinates, the largest, that are matched.
     """
 
-    low: Tensor
-    high: Tensor
+    iterations: int = 200
     lr: float = 0.1
     matched: float = 1.0
 
     def run(
-        self, unrolled: Unrolled, start: Tensor, target: Tensor, first: Samples, steps: int, iterations: int,
+        self, unrolled: Unrolled, start: Tensor, target: Tensor, first: Samples, low: Tensor, high: Tensor,
         trained: Tensor | None = None,
     ) -> tuple[Samples, Tensor]:  # fmt: skip
         """The samples found from ``first`` on, and their distances ``(S,)``, relative to the target's L1 norm.
 
-        ``start`` and ``target`` are ``(S, d)``. A slot keeps the best samples it has seen. Slots don't touch.
+        ``start`` and ``target`` are ``(S, d)``; X stays between ``low`` and ``high`` ``(h,)``. Each slot gives the best
+        samples that it has seen; slots don't touch.
         """
-        kept = largest(target, self.matched)
+        kept = largest(target, self.matched, target.shape[1] if trained is None else int(trained.sum()))
         size = (target.abs() * kept).sum(1).clamp(min=torch.finfo(target.dtype).tiny)
-        width = (self.high - self.low).clamp(min=1e-6)
-        z = ((first.x - self.low) / width).clamp(0, 1).requires_grad_()
+        width = (high - low).clamp(min=1e-6)
+        z = ((first.x - low) / width).clamp(0, 1).requires_grad_()
         y = first.y.clone().requires_grad_()
         best = Samples(z.detach().clone(), y.detach().clone())
         least = torch.full_like(size, torch.inf)
         optimizer = torch.optim.Adam([z, y])
-        for lr in [*self._rates(iterations), None]:
-            found = Samples(self.low + width * z, y)
-            change = unrolled.change(start, found, steps, trained)
+        for lr in [*self._rates(), None]:
+            change = unrolled.change(start, Samples(low + width * z, y), trained)
             distance = ((change - target).abs() * kept).sum(1) / size
             better = distance.detach() < least
-            least = torch.where(better, distance.detach(), least)
+            least[better] = distance.detach()[better]
             best.x[better], best.y[better] = z.detach()[better], y.detach()[better]
             if lr is None:
                 break
-            slope_z, y.grad = torch.autograd.grad(distance.sum(), [z, y])
-            z.grad = slope_z.sign()
+            slope, y.grad = torch.autograd.grad(distance.sum(), [z, y])
+            z.grad = slope.sign()
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             with torch.no_grad():
                 z.clamp_(0, 1)
-        return Samples(self.low + width * best.x, best.y), least
+        return Samples(low + width * best.x, best.y), least
 
-    def _rates(self, iterations: int) -> Iterator[float]:
-        for i in range(iterations):
-            yield self.lr * 0.1 ** sum(i >= share * iterations for share in DECAYS)
+    def _rates(self) -> Iterator[float]:
+        for i in range(self.iterations):
+            yield self.lr * 0.1 ** sum(i >= share * self.iterations for share in DECAYS)
 
 
-def largest(target: Tensor, share: float) -> Tensor:
-    """``(S, d)`` bool: in each row the ``share`` of its entries that are largest in magnitude."""
+def largest(target: Tensor, share: float, among: int) -> Tensor:
+    """``(S, d)`` bool: in each row the ``share`` of ``among`` entries that are largest in magnitude."""
     if share == 1:
         return torch.ones_like(target, dtype=torch.bool)
-    top = target.abs().topk(max(1, round(share * target.shape[1])), dim=1).indices
+    top = target.abs().topk(max(1, round(share * among)), dim=1).indices
     return torch.zeros_like(target, dtype=torch.bool).scatter_(1, top, True)
+
+
+@dataclass
+class Estimate:
+    """Made-up samples of one client: ``x`` ``(m, T, h)`` and ``y`` ``(m, C)`` or ``(m, T - 1, V)``, as in `Samples`."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+
+class Inverter:
+    """Estimates of clients' data from their updates, ``number`` samples of ``width`` tokens each, in this process.
+
+    X begins as the hidden states of random tokens, and stays in the range that such states have. Y begins near 0, since
+    labels that are sure and wrong hardly move.
+    """
+
+    def __init__(self, cohort: Cohort, local: LocalTraining, search: Search, number: int, width: int, seed: int):
+        self.cohort, self.search, self.number, self.width, self.seed = cohort, search, number, width, seed
+        self.unrolled, self.entrance = Unrolled(cohort, local), Entrance(cohort)
+        probe = self.entrance.random(PROBE, width, torch_generator(seed, "inversion", "range")).flatten(0, 1)
+        self.low, self.high = probe.amin(0), probe.amax(0)
+        self._base: Change | None = None
+
+    def use(self, base: Change) -> None:
+        """From now on ``base`` is added to the model's own weights."""
+        if base is not self._base:
+            self.cohort.load_base(base)
+            self._base = base
+
+    @property
+    def unknowns(self) -> int:
+        """Numbers in an estimate."""
+        first = self.first(0)
+        return first.x.size + first.y.size
+
+    def first(self, client: int) -> Estimate:
+        """What the search begins with where ``client`` has no estimate."""
+        generator = torch_generator(self.seed, "inversion", client)
+        x = self.entrance.random(self.number, self.width, generator)
+        classes = self.entrance.outputs
+        shape = (
+            (self.number, classes) if self.cohort.task == "classification" else (self.number, self.width - 1, classes)
+        )
+        return Estimate(x.cpu().numpy(), 0.1 * torch.randn(shape, generator=generator).numpy())
+
+    def invert(
+        self,
+        starts: Sequence[np.ndarray],
+        deltas: Sequence[np.ndarray],
+        first: Sequence[Estimate],
+        columns: np.ndarray | None = None,
+    ) -> tuple[list[Estimate], list[float]]:
+        """Estimates, from ``first`` on, of the data that gave the updates ``deltas`` ``(n,)`` from ``starts`` ``(d,)``.
+
+        Beside them their distances from the updates: L1, relative to the updates' norms. ``columns`` ``(n,)`` are those
+        that train (None: all).
+        """
+        found, distances = [], []
+        for low in range(0, len(starts), SLOTS):
+            part = slice(low, low + SLOTS)
+            start = self._rows(starts[part])
+            target, trained = start.new_zeros(start.shape), self._trained(columns)
+            target[:, slice(None) if trained is None else trained] = self._rows(deltas[part])
+            samples, distance = self.search.run(
+                self.unrolled, start, target, self._samples(first[part]), self.low, self.high, trained
+            )
+            found += [Estimate(x, y) for x, y in zip(samples.x.cpu().numpy(), samples.y.cpu().numpy(), strict=True)]
+            distances += distance.tolist()
+        return found, distances
+
+    def changes(
+        self, starts: Sequence[np.ndarray], estimates: Sequence[Estimate], columns: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        """The updates ``(n,)`` that the estimated data give from ``starts`` ``(d,)``."""
+        out: list[np.ndarray] = []
+        for low in range(0, len(starts), SLOTS):
+            part, trained = slice(low, low + SLOTS), self._trained(columns)
+            change = self.unrolled.change(self._rows(starts[part]), self._samples(estimates[part]), trained).detach()
+            out += list((change if trained is None else change[:, trained]).cpu().numpy())
+        return out
+
+    def _trained(self, columns: np.ndarray | None) -> Tensor | None:
+        if columns is None:
+            return None
+        trained = torch.zeros(self.cohort.layout.size, dtype=torch.bool, device=self.cohort.device)
+        trained[torch.tensor(columns, device=self.cohort.device)] = True
+        return trained
+
+    def _rows(self, vectors: Sequence[np.ndarray]) -> Tensor:
+        return torch.tensor(np.stack(vectors), dtype=self.low.dtype, device=self.cohort.device)
+
+    def _samples(self, estimates: Sequence[Estimate]) -> Samples:
+        return Samples(self._rows([e.x for e in estimates]), self._rows([e.y for e in estimates]))

@@ -140,6 +140,10 @@ class Trainer:
         cuts = [[h[low : low + batch_size] for low in range(0, len(h), batch_size)] for h in holders]
         return self._run([("statistic", (kind, name, cut, clip)) for cut in cuts])
 
+    def gradients(self, calls: Sequence[tuple[np.ndarray, list[np.ndarray], list]]) -> list[tuple[Any, Any]]:
+        """`Worker.gradients` of each of ``calls``: a state, sets of examples, and their keys; a pass each."""
+        return self._run([("gradients", call) for call in calls])
+
     def close(self) -> None:
         if self.pool is not None:
             self.pool.close()

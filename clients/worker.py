@@ -82,6 +82,21 @@ class Worker:
             mine = works if len(columns) == len(start) else [replace(w, start=w.start[columns]) for w in works]
             return self.local.fit(self.cohort, mine, make_batch)
 
+    def gradients(self, start: np.ndarray, examples: Sequence[np.ndarray], keys: list) -> tuple[np.ndarray, np.ndarray]:
+        """Mean losses ``(S,)`` and their gradients ``(S, n)``, float64, of S sets of ``examples`` at one state ``(d,)``.
+
+        ``n`` are the columns that train in the first round; ``keys`` name the sets' dropout masks.
+        """
+        self._use(0)
+        space = self.cohort.space
+        groups = space.trains(1)
+        batch = self._batch("train", examples, keys if self.cohort.has_dropout else None)
+        with self.cohort.training(groups, torch.tensor(start, dtype=torch.float32)):
+            row = torch.tensor(start[space.columns(groups)], dtype=torch.float32, device=self.cohort.device)
+            states = row.repeat(len(examples), 1)
+            losses, grads = self.cohort.gradients(states, batch)
+        return losses.double().cpu().numpy(), grads.double().cpu().numpy()
+
     def statistic(self, kind: str, name: str, examples: Sequence[np.ndarray], clip: float | None) -> np.ndarray:
         """The statistic ``kind`` of the examples of the set ``name``, a batch at a time, summed: packed float64."""
         self._use(0)

@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="make the report of one run, or compare several")
     report.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="run or sweep folders")
     report.add_argument("--out", type=Path, metavar="FILE", help="where to write (default: report.html in the folder)")
+    report.add_argument(
+        "--timeline", action="store_true", help="print who worked when in virtual time, and write no report"
+    )
     report.set_defaults(call=_report)
 
     audit = commands.add_parser("audit", help="measure what a finished run gives away about its training examples")
@@ -115,6 +118,11 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    if options.timeline:
+        from fl.report.timeline import print_timelines
+
+        print_timelines(options.folders)
+        return 0
     from fl.report.html import write_report
 
     out = options.out or (options.folders[0] / "report.html" if len(options.folders) == 1 else Path("report.html"))

@@ -90,7 +90,7 @@ def _statistic(init: DataDriven, world: World, experiment: Experiment, event: Ev
         event["bytes_down"] += sent[client]
         event["bytes_up"] += up
         # One pass over the sample: about as long as one local step.
-        end = max(end, start + world.network.job(world.seed, client, 0, 1, sent[client], up).total)
+        end = max(end, start + world.fleet.job(client, 0, 1, sent[client], up).total)
         found[client] = checked
     if len(found) < len(asked):
         missing = sorted(set(asked) - set(found))

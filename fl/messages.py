@@ -33,7 +33,7 @@ Scalar = int | float | str | bool
 Metric = int | float | list[int] | list[float]
 
 _FLOAT32 = np.dtype("<f4")
-_KINDS = {name: np.dtype(name).newbyteorder("<") for name in ("float32", "uint8", "uint32", "uint64")}
+_KINDS = {name: np.dtype(name).newbyteorder("<") for name in ("float32", "float64", "uint8", "uint32", "uint64")}
 _EXTRA = "extra."
 _INT64 = range(-(2**63), 2**63)
 
@@ -129,6 +129,12 @@ class SecureRequest(_Request):
     """A stage of secure aggregation beside training; ``extra.stage`` names it (`fl.secure`)."""
 
     kind = "secure"
+
+
+class GradientRequest(_Request):
+    """Send coded sums of chunks' gradients (`fl.coding.workers`)."""
+
+    kind = "gradient"
 
 
 class EvaluateRequest(_Request):

@@ -19,8 +19,8 @@ import numpy as np
 from fl.clock import ticks
 from fl.config import setting
 from fl.errors import ConfigError
-from fl.fleet import Fleet, Times
-from fl.keys import Part, generator
+from fl.fleet import Fleet
+from fl.keys import generator
 from fl.trace import Device, read_trace
 
 
@@ -59,11 +59,6 @@ class Network(ABC):
         """The ``number`` clients' devices and links at work in the run with ``seed``."""
         return Fleet(self, seed, number)
 
-    def job(
-        self, seed: int, client: int, round: int, steps: int, bytes_down: int, bytes_up: int, *stage: Part
-    ) -> Times:
-        return self.fleet(seed, client + 1).job(client, round, steps, bytes_down, bytes_up, *stage)
-
     def available(self, seed: int, client: int, now: int) -> bool:
         """Whether ``client`` can start work at tick ``now``."""
         return self.next_available(seed, client, now) == now
@@ -80,6 +75,12 @@ class Network(ABC):
     def always_available(self) -> bool:
         """Whether every client can start work at every time, whatever happened before."""
         return not (self.dropout and self.rejoin_s)
+
+    @property
+    def steady(self) -> bool:
+        """Whether every job of a client takes the same time and arrives: no chance, hours or queues in it."""
+        queues = self.server_down_mbps is not None or self.server_up_mbps is not None
+        return self.always_available and not (self.varies or self.dropout or queues)
 
 
 @dataclass(frozen=True)
@@ -320,3 +321,28 @@ class Trace(Network):
     def _laps(self, now: int) -> tuple[int, ...]:
         """The tick at which this lap of the windows began, and the next lap."""
         return (0,) if self.cycle is None else (now - now % self.cycle, now - now % self.cycle + self.cycle)
+
+
+@dataclass(frozen=True)
+class WallClock(Network):
+    """No model: messages take the time they take, and the clock is the wall's (`fl.wall`)."""
+
+    rejoin_s: float = setting(10.0, ge=0, le=1e9, help="a client that was lost or failed is asked again after this")
+    timeout_s: float = setting(3600.0, gt=0, le=1e9, help="a client that has not answered for so long counts as lost")
+    dropout: float = field(init=False, default=0.0)
+    on_leave: str = field(init=False, default="finish")
+    server_down_mbps: float | None = field(init=False, default=None)
+    server_up_mbps: float | None = field(init=False, default=None)
+    varies: ClassVar[bool] = True
+
+    def device(self, seed: int, client: int, number: int) -> Device:
+        return Device(0.0, 0.0, None, None)  # nothing is planned
+
+    def fleet(self, seed: int, number: int) -> Fleet:
+        from fl.wall import WallFleet  # Flower is imported when a run begins
+
+        return WallFleet(self, seed, number)
+
+    @property
+    def always_available(self) -> bool:
+        return False

@@ -20,6 +20,7 @@ from clients.behaviours.base import Behaviour, ReplyFields
 from clients.data.federated import FederatedData
 from clients.local.training import Fit, LocalTraining, Memory, Work
 from clients.trainer import Trainer
+from fl.coding.workers import Workers
 from fl.downlink import Holdings
 from fl.errors import ShoalError
 from fl.evaluation import numbers
@@ -27,6 +28,7 @@ from fl.messages import (
     BUDGET,
     EvaluateReply,
     EvaluateRequest,
+    GradientRequest,
     MalformedMessage,
     Request,
     SecureRequest,
@@ -72,6 +74,7 @@ class Node:
         self.trainer, self.data, self.local, self.behaviour = trainer, data, local, behaviour
         self.seed, self.space, self.guard = seed, space, guard or Guard()
         self.secure = secure
+        self.workers = Workers(trainer, data.parts, local.batch_size, seed)
         self.initialisation = initialisation
         self.holdings = Holdings(space)
         self.memories: dict[int, Remembered] = {}
@@ -192,10 +195,33 @@ class Node:
         return Message(reply.to_record(), reply_to=message)
 
     def query(self, messages: Sequence[Message]) -> list[Message]:
-        """Replies to what is asked beside training: statistics, and the stages of secure aggregation."""
-        staged = [m for m in messages if dict(m.content.get("header", {})).get("kind") == SecureRequest.kind]
-        others = [m for m in messages if all(m is not s for s in staged)]
-        return [self._stage(m) for m in staged] + (self.statistics(others) if others else [])
+        """Replies to what is asked beside training: statistics, stages of secure aggregation, coded gradients."""
+        kinds = [dict(m.content.get("header", {})).get("kind") for m in messages]
+        staged = [m for m, kind in zip(messages, kinds) if kind == SecureRequest.kind]
+        coded = [m for m, kind in zip(messages, kinds) if kind == GradientRequest.kind]
+        others = [m for m, k in zip(messages, kinds) if k not in (SecureRequest.kind, GradientRequest.kind)]
+        replies = [self._stage(m) for m in staged] + (self.gradients(coded) if coded else [])
+        return replies + (self.statistics(others) if others else [])
+
+    def gradients(self, messages: Sequence[Message]) -> list[Message]:
+        """One reply each: coded sums of gradients, where all clients hold the same data and nothing protects them."""
+        replies: list[Message] = []
+        asked: list[tuple[Message, GradientRequest]] = []
+        for message in messages:
+            try:
+                request = GradientRequest.from_record(message.content)
+                self._check(request)
+                if type(self.guard) is not Guard or self.secure is not None:
+                    raise MalformedMessage("schema", "these clients' gradients are private")
+                asked.append((message, request))
+            except MalformedMessage as error:
+                replies.append(_error(str(error), message))
+        for (message, _), reply in zip(asked, self.workers.answer([r for _, r in asked]), strict=True):
+            if isinstance(reply, MalformedMessage):
+                replies.append(_error(str(reply), message))
+            else:
+                replies.append(Message(reply.to_record(), reply_to=message))
+        return replies
 
     def _stage(self, message: Message) -> Message:
         try:

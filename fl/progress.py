@@ -23,6 +23,7 @@ from rich.text import Text
 from fl.report.numbers import human
 
 WINDOW_S = 30.0
+LINES = 100  # plain lines of a run of many rounds
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -31,7 +32,8 @@ class Progress:
 
     ``jobs(done, steps)`` says that ``done`` more of the round's client jobs have ended, with ``steps`` client steps;
     ``round(...)`` that a round is over; ``note(text)`` prints a line above the display. ``start_round`` is the number
-    of rounds that were done before (a resumed run). ``quiet`` shows nothing but notes.
+    of rounds that were done before (a resumed run). ``until_s`` is the virtual time at which the run ends, if it does
+    by time. ``quiet`` shows nothing but notes.
     """
 
     def __init__(
@@ -42,7 +44,12 @@ class Progress:
         console: Console | None = None,
         start_round: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        until_s: float | None = None,
     ):
+        self.until_s = until_s
+        self._begun_at = 0.0  # the share that was done before
+        self._virtual_s = 0.0
+        self._printed = -1.0
         self.total_rounds, self.jobs_per_round = total_rounds, max(1, total_jobs_per_round)
         self.quiet, self.console, self.clock = quiet, console or Console(), clock
         self.start_round = self.rounds_done = start_round
@@ -88,7 +95,11 @@ class Progress:
         """Round ``round`` is over. ``loss`` and ``metric`` are the newest known; None leaves the last one standing."""
         if self.rounds_done == self.start_round:
             self.start_round = max(self.start_round, round - 1)  # a resumed run's first round is not its first
+            self._begun_at = self.start_round / self.total_rounds
+            if self.until_s is not None and self.start_round:
+                self._begun_at = max(self._begun_at, (virtual_s or 0.0) / self.until_s)
         self.rounds_done, self.jobs_done = round, 0
+        self._virtual_s = virtual_s or self._virtual_s
         if loss is not None:
             self._last["loss"] = human(loss, "fixed")
         if metric is not None and metric_name:
@@ -98,9 +109,9 @@ class Progress:
             self._last["epsilon"] = human(epsilon, "fixed")
         if virtual_s:
             self._last["virtual"] = human(virtual_s, "seconds")
-        if self._live is None and not self.quiet:
+        if self._live is None and not self.quiet and self._line_due():
             self.console.print(
-                "  ".join([f"round {round}/{self.total_rounds}", *self.facts()]),
+                "  ".join([self._place(round), *self.facts()]),
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
@@ -109,6 +120,22 @@ class Progress:
     def note(self, text: str) -> None:
         """A line that stays, above the live display."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    @property
+    def share(self) -> float:
+        """The share of the run that is done, by rounds or by virtual time."""
+        by_rounds = (self.rounds_done + self.jobs_done / self.jobs_per_round) / max(self.total_rounds, 1)
+        return by_rounds if self.until_s is None else min(1.0, max(by_rounds, self._virtual_s / self.until_s))
+
+    def _place(self, round: int) -> str:
+        return f"round {round}/{self.total_rounds}" if self.until_s is None else f"round {round}"
+
+    def _line_due(self) -> bool:
+        """Whether a plain line is due: one a round, but of many rounds no more than `LINES` in all."""
+        if self.total_rounds > LINES and self.share < 1 and self.share - self._printed < 1 / LINES:
+            return False
+        self._printed = self.share
+        return True
 
     @property
     def steps_per_s(self) -> float | None:
@@ -120,9 +147,8 @@ class Progress:
     @property
     def remaining_s(self) -> float | None:
         """Seconds until the last round at the pace so far; None before anything was done."""
-        done = self.rounds_done - self.start_round + self.jobs_done / self.jobs_per_round
-        left = self.total_rounds - self.rounds_done - self.jobs_done / self.jobs_per_round
-        return None if done <= 0 else max(0.0, (self.clock() - self.begun) / done * left)
+        done = self.share - self._begun_at
+        return None if done <= 0 else max(0.0, (self.clock() - self.begun) / done * (1 - self.share))
 
     def facts(self) -> list[str]:
         """The last numbers with their names, as they stand in the line."""
@@ -130,18 +156,17 @@ class Progress:
         rate, left = self.steps_per_s, self.remaining_s
         if rate is not None:
             facts.append(f"{rate:,.3g} client-steps/s")
-        if left and self.rounds_done < self.total_rounds:
+        if left and self.share < 1:
             facts.append(f"{_clock(left)} left")
         return facts
 
     def __rich__(self) -> RenderableType:
         shown = min(self.rounds_done + (self.rounds_done < self.total_rounds), self.total_rounds)
         bar = Table.grid(padding=(0, 1))
-        completed = self.rounds_done + self.jobs_done / self.jobs_per_round
-        jobs = f"{self.jobs_done}/{self.jobs_per_round} clients" if self.rounds_done < self.total_rounds else "done"
+        jobs = f"{self.jobs_done}/{self.jobs_per_round} clients" if self.share < 1 else "done"
         bar.add_row(
-            Text(f"round {shown}/{self.total_rounds}", style="bold"),
-            ProgressBar(total=max(self.total_rounds, 1), completed=completed, width=32),
+            Text(self._place(shown), style="bold"),
+            ProgressBar(total=1.0, completed=self.share, width=32),
             Text(jobs, style="dim"),
             Text(sparkline(self._metrics[-24:]), style="cyan"),
         )

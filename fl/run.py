@@ -19,6 +19,7 @@ from fl.errors import ShoalError
 from fl.experiment import Experiment, Settings, Shared
 from fl.progress import Progress, header
 from fl.records import RunFolder, fresh_folder, read_run
+from fl.state import ServerState
 from fl.trackers.tracking import Tracking
 from privacy.base import Statement
 
@@ -119,7 +120,13 @@ def _go(
         app = client_app(experiment.node, settings.evaluation.batch_size)
         node_grid = InProcessGrid(app, copy=settings.engine.message_copy)  # type: ignore[arg-type]
         with (
-            Progress(settings.schedule.rounds, experiment.per_round, quiet=quiet, console=console) as progress,
+            Progress(
+                settings.schedule.rounds,
+                experiment.per_round,
+                quiet=quiet,
+                console=console,
+                until_s=getattr(settings.schedule, "until_s", None),
+            ) as progress,
             CohortGrid(node_grid, len(experiment.data)) as grid,
         ):
             server = Server(experiment, folder, progress, resuming, tracking)
@@ -130,7 +137,8 @@ def _go(
 
         assert server.world is not None
         record |= _claim(experiment)
-        saved = export(experiment, server.world.server, folder.path / "adapter", _card(record, resolved))
+        state = server.world.server
+        saved = export(experiment, state, folder.path / "adapter", _card(record, resolved, state))
         final = {**server.final(), **{k: v for k, v in saved.scores.items() if k != "examples"}}
         record["saved"] = saved.record()
         record["status"] = "completed"
@@ -253,7 +261,7 @@ def _shown(record: Mapping[str, Any], settings: Settings, folder: str) -> dict[s
         "local": f"{type(settings.local.optimizer).__name__}, lr {settings.local.lr:g}, "
         + (f"{settings.local.epochs:g} epochs" if settings.local.epochs else f"{settings.local.steps} steps")
         + f" of {settings.local.batch_size}",
-        "server": f"{type(settings.aggregator).__name__}, {settings.schedule.rounds} rounds",
+        "server": _length(settings),
         "engine": describe(Plan(**record["engine"])),
         "privacy": Statement(**record["privacy_statement"]).headline(),
         "seed": record["seed"],
@@ -261,7 +269,15 @@ def _shown(record: Mapping[str, Any], settings: Settings, folder: str) -> dict[s
     }
 
 
-def _card(record: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
+def _length(settings: Settings) -> str:
+    """Who steps, by which rule, and for how long."""
+    schedule, until_s = settings.schedule, getattr(settings.schedule, "until_s", None)
+    length = f"{schedule.rounds} rounds" if until_s is None else f"{until_s:g} virtual s"
+    name = "" if schedule.in_rounds else f" under {type(schedule).__name__}"
+    return f"{type(settings.aggregator).__name__}{name}, {length}"
+
+
+def _card(record: Mapping[str, Any], resolved: Mapping[str, Any], server: ServerState) -> dict[str, Any]:
     return {
         "name": record["name"],
         "adapter": record["adapter"],
@@ -269,7 +285,7 @@ def _card(record: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, A
         "data": record["data"],
         "clients": record["num_clients"],
         "partition": resolved["partition"]["_target_"].rpartition(".")[2],
-        "rounds": resolved["schedule"]["rounds"],
+        "rounds": server.round,
         "seed": record["seed"],
         "privacy": record["privacy"],
         "model_settings": resolved["model"],

@@ -145,7 +145,7 @@ class SecureRound(Plain):
         for client, reply in replies:
             checked = validator.check(reply, requests[client])
             up = 0 if reply.has_error() else payload_bytes(reply.content)
-            job = world.network.job(world.seed, client, self.round, 0, sent[client], up, stage)
+            job = world.fleet.job(client, self.round, 0, sent[client], up, stage)
             if job.dropped_at is not None:
                 continue
             self.costs["bytes_up"] += up

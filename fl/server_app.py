@@ -47,8 +47,10 @@ class Server:
     newest: dict[str, Any] = field(default_factory=dict)  # the last central evaluation
     busy_s: float = 0.0  # wall seconds since training began: rounds with their evaluation and records
     _began: float = field(default_factory=time.perf_counter)
-    _tested: tuple[int, int] | None = None  # round and version of the last central evaluation
-    _tested_at: int = 0  # and its tick
+    # Round and version of the last evaluation on the central and on the clients' test sets, and the former's tick.
+    _tested: list[int] = field(default_factory=list)
+    _asked: list[int] = field(default_factory=list)
+    _tested_at: int = 0
     stopped: str | None = None  # why the run ended before its last round
     restored: bool = False  # whether the state is that of a checkpoint
     _before_s: float = 0.0  # wall seconds before a resume
@@ -166,12 +168,13 @@ class Server:
         """Evaluate where it is due after the round of ``world.server``; moves no random stream and no clock."""
         when, round = self.experiment.settings.evaluation, world.server.round
         common = {"round": round, "virtual_s": world.clock.now_s}
-        central = when.central(round, last, self._tested_at, world.clock.now)
-        if central and self._tested != (round, world.server.version):
-            self._tested, self._tested_at = (round, world.server.version), world.clock.now
+        central, state = when.central(round, last, self._tested_at, world.clock.now), [round, world.server.version]
+        if central and self._tested != state:
+            self._tested, self._tested_at = state, world.clock.now
             self.newest = self.experiment.central(self.experiment.trainer, world.server.vector, world.server.base)
             self._write({"event": "eval", **common, "split": "test", **self.newest})
-        if when.per_client(central, last):
+        if when.per_client(central, last) and self._asked != state:
+            self._asked = state
             event = self._per_client(world)
             if event is not None:
                 self._write({"event": "eval", **common, "split": "clients", **event})
@@ -207,10 +210,11 @@ class Server:
         meta = {
             "downlink": sent,
             "schedule": schedule,
-            "tested_at": self._tested_at,
+            "tested": [self._tested, self._asked, self._tested_at],
             "kind": CHECKPOINT,
             "server": server,
             "clock": world.clock.now,
+            "fleet": world.fleet.state(),
             "ledger": self.ledger.state(),
             "privacy": world.guard.state(),
             "newest": self.newest,
@@ -240,12 +244,13 @@ class Server:
             text = "the checkpoint belongs to another model or adapter"
             raise ConfigError("adapter", world.server.layout.hash, text) from error
         world.clock = Clock(meta["clock"])
+        world.fleet.restore(meta["fleet"])
         world.downlink.restore(arrays, meta["downlink"])
         self.experiment.node.restore(arrays)
         self.ledger = Ledger.restore(meta["ledger"])
         world.guard.restore(meta["privacy"])
         world.kept = None if meta["schedule"] is None else (arrays, meta["schedule"])
-        self._tested_at = meta["tested_at"]
+        self._tested, self._asked, self._tested_at = meta["tested"]
         self.newest = meta["newest"]
         self.busy_s, self._before_s = meta["busy_s"], meta["wall_s"]
         self.folder.truncate(meta["metrics_offset"])

@@ -12,7 +12,7 @@ A start version is kept as long as somebody works from it (`Versions`), so memor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -72,8 +72,15 @@ class Task:
     lost_at: int | None = None
     given_up: bool = False
     result: TrainReply | Rejection | None = None
+    planned_up: int = 0  # bytes of the reply, as its time is reckoned with, and as they came to be
     bytes_up: int = 0
     arrived: int | None = None  # of an accepted reply that no server step has used yet
+
+
+# What a checkpoint keeps of a task beside its start, request and result.
+_KEPT = (
+    "client", "job", "phase", "sent", "began", "done", "bytes_down", "planned_up", "bytes_up", "lost_at", "given_up",
+)  # fmt: skip
 
 
 class Tasks:
@@ -104,6 +111,14 @@ class Tasks:
         head = self.queue.peek()
         return None if head is None else head.time
 
+    def wait(self, end: int | None) -> int | None:
+        """The tick of the next event, when all that can be given out has been. ``end`` is where the run ends."""
+        return self.peek()
+
+    def now(self) -> int:
+        """The tick at which work is given out."""
+        return self.world.clock.now
+
     def at(self, time: int, data: str) -> None:
         """Plan the server's own event ``data`` at tick ``time``."""
         self.queue.push(time, Priority.SERVER_TICK, -1, data)
@@ -117,29 +132,34 @@ class Tasks:
 
     def give(self, client: int, lr: float, deadline_s: float | None = None) -> Task:
         """Give ``client`` the server's present state to train, now."""
-        world, now, server = self.world, self.world.clock.now, self.world.server
+        world, now, server = self.world, self.now(), self.world.server
         job, phase = self.jobs.get(client, 0) + 1, server.round + 1
         self.jobs[client] = job
         request = world.train_request(client, job, lr, server, phase=phase)
         down = payload_bytes(request.to_record())
-        steps = world.local.num_steps(world.sizes[client])
-        begun = world.fleet.begin(client, job, now, steps, down, self._upload_bytes(request))
-        task = Task(client, job, phase, self.versions.hold(server), now, begun.began, begun.done, down, request)
+        task = Task(client, job, phase, self.versions.hold(server), now, now, now, down, request)
+        task.planned_up = self._upload_bytes(request)
         self.out[client] = task
         if deadline_s is not None:
             self.queue.push(now + ticks(deadline_s), Priority.SERVER_TICK, client, job)
+        self._plan(task, request)
+        return task
+
+    def _plan(self, task: Task, request: TrainRequest) -> None:
+        """Plan what becomes of ``task``, which sets out now."""
+        steps = self.world.local.num_steps(self.world.sizes[task.client])
+        size = _timed_bytes(request)
+        begun = self.world.fleet.begin(task.client, task.job, task.sent, steps, size, task.planned_up)
+        task.began, task.done = begun.began, begun.done
         if begun.dropped_at is not None and begun.dropped_at <= begun.done:
             self._lose(task, begun.dropped_at)
         else:
             task.lost_at = begun.dropped_at
-            self.queue.push(begun.done, Priority.COMPUTE_DONE, client, job)
-        return task
+            self.queue.push(begun.done, Priority.COMPUTE_DONE, task.client, task.job)
 
     def upload(self, task: Task) -> None:
         """The work of ``task`` is done: its reply sets out, if nothing happens to it."""
-        assert task.request is not None or task.result is not None
-        size = self._upload_bytes(task.request) if task.request is not None else task.bytes_up
-        arrives = self.world.fleet.upload(task.client, task.done, size)
+        arrives = self.world.fleet.upload(task.client, task.done, task.planned_up)
         if task.lost_at is not None:
             self._lose(task, min(task.lost_at, arrives))
         else:
@@ -201,24 +221,24 @@ class Tasks:
         task.request = None
 
     def _upload_bytes(self, request: TrainRequest) -> int:
-        """Bytes of the reply to ``request``, as far as they are known before: its numbers are of a few bytes more or
-        less, which no clock of a network would show."""
+        """Bytes of a reply to ``request`` in which all numbers beside the update are small.
+
+        Its own would be of a few bytes more or less. So it doesn't matter which reply is computed when, and clients
+        with equal devices stay together whatever their numbers are.
+        """
         size = self.world.validator.size(request)
         if size not in self._up:
-            reply = TrainReply(
-                request.client, request.round, request.version, request.layout, np.zeros(size, np.float32),
-                self.world.sizes[request.client], 1, 1 << 14, 1.0,
-            )  # fmt: skip
+            reply = TrainReply(0, 0, 0, request.layout, np.zeros(size, np.float32), 1, 1, 1, 1.0)
             self._up[size] = payload_bytes(reply.to_record())
         return self._up[size]
 
     def duration(self, client: int) -> int | None:
-        """Ticks that an undisturbed job of ``client`` takes; None where that changes from job to job."""
+        """Ticks that an undisturbed first job of ``client`` takes; None where that changes from job to job."""
         world = self.world
-        request = world.train_request(client, 1, 1.0, world.server, phase=world.server.round + 1)
+        # Of the first round whenever it is asked for: a run that goes on shall find the same.
+        request = world.train_request(client, 1, 1.0, world.server.replace(version=0), phase=1)
         steps = world.local.num_steps(world.sizes[client])
-        down = payload_bytes(request.to_record())
-        return world.fleet.duration(client, steps, down, self._upload_bytes(request))
+        return world.fleet.duration(client, steps, _timed_bytes(request), self._upload_bytes(request))
 
     # Checkpoints
 
@@ -233,10 +253,7 @@ class Tasks:
         rows: list[dict[str, Any]] = []
         contents: dict[int, str] = {}  # requests that share an array are kept once
         for task in self.out.values():
-            row: dict[str, Any] = {
-                name: getattr(task, name)
-                for name in ("client", "job", "phase", "sent", "began", "done", "bytes_down", "bytes_up", "lost_at")
-            } | {"given_up": task.given_up, "version": task.start.version}
+            row: dict[str, Any] = {name: getattr(task, name) for name in _KEPT} | {"version": task.start.version}
             if task.request is not None:
                 request = task.request
                 name = contents.setdefault(id(request.state), f"tasks/state/{task.client}")
@@ -261,7 +278,6 @@ class Tasks:
             "draws": self.draws,
             "wake": self.wake,
             "rounds": rounds,
-            "fleet": self.world.fleet.state(),
         }
         return arrays, meta
 
@@ -270,7 +286,6 @@ class Tasks:
         world, layout = self.world, self.world.server.layout.hash
         self.queue = EventQueue.restore(meta["queue"])
         world.clock = self.queue.clock
-        world.fleet.restore(meta["fleet"])
         self.jobs = {int(c): n for c, n in meta["jobs"].items()}
         self.counts = {int(c): n for c, n in meta["counts"].items()}
         self.retired, self.draws, self.wake = set(meta["retired"]), meta["draws"], meta["wake"]
@@ -280,8 +295,7 @@ class Tasks:
             start = world.server.replace(
                 vector=arrays[f"tasks/start/{version}"], version=version, round=meta["rounds"][str(version)]
             )
-            names = ("client", "job", "phase", "sent", "began", "done", "bytes_down", "bytes_up", "lost_at", "given_up")
-            task = Task(**{n: row[n] for n in names}, start=self.versions.hold(start), request=None)
+            task = Task(**{n: row[n] for n in _KEPT}, start=self.versions.hold(start), request=None)
             if "request" in row:
                 sent = row["request"]
                 extra = {n: arrays[f"tasks/sent/{client}/{n}"] for n in sent["arrays"]}
@@ -294,3 +308,9 @@ class Tasks:
                 reason, detail = row["rejection"]
                 task.result = Rejection(Reason(reason), detail)
             self.out[client] = task
+
+
+def _timed_bytes(request: TrainRequest) -> int:
+    """Bytes of ``request`` as its time is reckoned with: those of client 0, since a longer number of a client would
+    part those with equal devices by a tick."""
+    return payload_bytes(replace(request, client=0).to_record())

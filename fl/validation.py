@@ -73,6 +73,7 @@ class Validator:
             "evaluate": set(),
             "statistic": set(),
             "secure": set(),
+            "gradient": set(),
         }
 
     def check(self, reply: Message, request: Request | None, *, late: bool = False) -> TrainReply | Rejection:

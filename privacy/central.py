@@ -33,7 +33,7 @@ from fl.sampling import Fixed, Poisson
 from fl.state import Update
 from privacy.accounting import FixedSizeGaussian, Mechanism, SampledGaussian
 from privacy.base import Guard, Statement
-from privacy.client_level import ServerGuard, TrustedServer, always_available, gaussian
+from privacy.client_level import ServerGuard, TrustedServer, gaussian
 from privacy.dp_sgd import gradient_noise
 
 if TYPE_CHECKING:
@@ -53,11 +53,11 @@ class Central(TrustedServer):
 
     def check(self, settings: Settings) -> None:
         super().check(settings)
-        if amplified(settings) and not always_available(settings):
+        if amplified(settings) and not settings.network.always_available:
             raise ConfigError(
                 "network.availability", getattr(settings.network, "availability", "a trace"),
-                "1, where the claim counts on sampling: who is available depends on how long earlier rounds took, and "
-                "the rate is another one",
+                "1 and network.rejoin_s=0, where the claim counts on sampling: who is available depends on how long "
+                "earlier rounds took, and the rate is another one",
                 "Use sampling=available, which claims nothing of the sampling, or privacy=dp_ftrl.",
             )  # fmt: skip
 

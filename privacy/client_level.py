@@ -126,19 +126,13 @@ class TrustedServer(ClientLevel):
         if least > 1:
             allowed = "1: how many answered is secret, so a run must not stop over it"
             raise ConfigError("schedule.min_clients", least, allowed)
-        if settings.local.epochs is not None and not always_available(settings):
+        if settings.local.epochs is not None and not settings.network.always_available:
             raise ConfigError(
                 "local.epochs", settings.local.epochs,
                 "null where clients come and go: a client's data would decide how long a round is, and so who is "
                 "available for the next",
                 "Set local.steps, or network.availability=1.",
             )  # fmt: skip
-
-
-def always_available(settings: Settings) -> bool:
-    """Whether every client is available at every time."""
-    devices = getattr(settings.network, "devices", {})
-    return getattr(settings.network, "availability", 1.0) == 1 and not any(d.windows for d in devices.values())
 
 
 def clipped(vector: np.ndarray, norm: float) -> tuple[np.ndarray, float]:

@@ -44,7 +44,7 @@ def needed(name: str, tmp_path: Path) -> list[str]:
 def test_there_are_the_groups_that_an_experiment_has():
     groups = {name.rpartition("/")[0] for name in OPTIONS}
     parts = {f.name for f in fields(Settings)} - {"clients", "saving", "name", "seed", "checkpoint_every", "report"}
-    assert groups == parts | {"experiment", "local/optimizer", "adapter/init"}
+    assert groups == parts | {"experiment", "local/optimizer", "adapter/init", "aggregator/staleness"}
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -1,8 +1,8 @@
 """Who holds what: ways to deal a training set out to clients.
 
-Each option deals every sample to at most one client, gives every client at least ``min_size`` samples, and takes all
-its chance from the generator it is given. Written here in numpy rather than taken from flwr-datasets; docs/data.md
-says why.
+Each option but `Replicated` deals every sample to at most one client. All give every client at least ``min_size``
+samples, and take all chance from the generator they are given. Written here in numpy rather than taken from
+flwr-datasets; docs/data.md says why.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Partition(ABC):
         num_clients: int | None,
         rng: np.random.Generator,
     ) -> Parts:
-        """Sorted, disjoint indices into the ``num_examples`` samples, one array a client.
+        """Sorted (but for `Replicated` disjoint) indices into the ``num_examples`` samples, one array a client.
 
         ``labels`` and ``groups`` are (num_examples,) int64, groups -1 where a sample has none. Raises `ConfigError`
         where the clients can't all have ``min_size`` samples.
@@ -196,6 +196,24 @@ class Natural(Partition):
             kept = kept[np.argsort(kept.min(axis=1))].ravel()
         kept = kept.reshape(count, self.group_size)
         return [np.flatnonzero(np.isin(kinds, row)) for row in kept]
+
+
+@dataclass(frozen=True)
+class Replicated(Partition):
+    """Every client holds all samples: a cluster's workers with one data set, not private holders.
+
+    The one partition that is not disjoint. `fl.schedules.gradient_coding` needs it, since each worker may compute any
+    part of the sum.
+    """
+
+    def split(self, labels, groups, num_examples, num_clients, rng):
+        if num_clients is None:
+            raise ConfigError(
+                "clients.number", None, "partition=replicated needs a number", "Only natural counts groups."
+            )
+        if num_examples < self.min_size:
+            raise ConfigError("partition.min_size", self.min_size, f"at most the {num_examples} samples there are")
+        return [np.arange(num_examples)] * num_clients
 
 
 def fill_up(parts: Parts, min_size: int, rng: np.random.Generator) -> Parts:

@@ -3,13 +3,15 @@
 Job t is a full gradient, a sum over chunks of the data; it begins in round t and is due at the end of round t + T.
 Loads are shares of the full gradient's work, for each worker and round.
 
-========= ====================================== =======================================================
-scheme    load                                   delay T, and what it is sure to tolerate
-========= ====================================== =======================================================
-GC        (s + 1) / n                            0; s stragglers a round (s = 0: uncoded)
-SR-SGC    (s + 1) / n, s = ceil(B l / (W-1+B))   B; a (B, W, l)-bursty pattern, where B divides W - 1
-M-SGC     (l + 1) (W-1+B) / (n (B + (W-1)(l+1))) W - 2 + B; a (B, W, l)-bursty pattern, and a (B, W-1+B, l)-arbitrary
-========= ====================================== =======================================================
+========= ====================================== =========== =======================================================
+scheme    load                                   delay T     what it is sure to tolerate
+========= ====================================== =========== =======================================================
+GC        (s + 1) / n                            0           s stragglers a round (s = 0: uncoded)
+SR-SGC    (s + 1) / n, s = ceil(B l / (W-1+B))   B           in any W rounds (B, W, l)-bursty, or s stragglers a round;
+                                                             B divides W - 1
+M-SGC     (l + 1) (W-1+B) / (n (B + (W-1)(l+1))) W - 2 + B   in any W - 1 + B rounds (B, W, l)-bursty, or
+                                                             (B, W - 1 + B, l)-arbitrary
+========= ====================================== =========== =======================================================
 
 Krishnan, Ebrahimi, Khisti, arXiv 2211.13802, algorithms 1 and 2. A scheme keeps a bit for each worker, part and job of
 the last T + 1: nothing grows with the number of rounds.
@@ -25,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fl.coding.codes import Code, make_code
-from fl.coding.stragglers import Bursty, Model
+from fl.coding.stragglers import Arbitrary, Bursty, Either, Model
 from fl.errors import ShoalError
 
 
@@ -121,7 +123,7 @@ class GC(Scheme):
         self.code = make_code(n, s, kind, seed)
         self.delay, self.load = 0, (s + 1) / n
         self.shares = np.full(n, 1 / n)
-        self.model = Bursty(W=1, lam=s, B=1)
+        self.model: Model = Bursty(W=1, B=1, lam=s)
 
     def _parts(self, job: int, slot: int, got: np.ndarray) -> np.ndarray:
         return np.zeros(self.n, dtype=np.int64)
@@ -144,7 +146,8 @@ class SRSGC(GC):
         if (W - 1) % B:
             raise ShoalError(f"SR-SGC needs a B that divides W - 1, not B = {B} and W = {W}.")
         super().__init__(n, jobs, math.ceil(B * lam / (W - 1 + B)), kind, seed)
-        self.delay, self.model = B, Bursty(W=W, lam=lam, B=B)
+        few = Bursty(W=1, B=1, lam=self.code.s)
+        self.delay, self.model = B, Either(W, (Bursty(W, B, lam), few))
 
     def _repeats(self, job: int) -> np.ndarray:
         """``(n,)`` bool: who repeats its task of ``job``."""
@@ -173,7 +176,8 @@ class MSGC(Scheme):
         _check(n, B, W, lam)
         self.own, self.groups = W - 1, B
         self.parts, self.delay = W - 1 + B, W - 2 + B
-        self.model = Bursty(W=W, lam=lam, B=B)
+        # A job is worked on in W - 1 + B rounds, and needs nothing of any other.
+        self.model = Either(self.parts, (Bursty(W, B, lam), Arbitrary(self.parts, B, lam)))
         self.code: Code | None = make_code(n, lam, kind, seed) if lam < n else None
         if self.code is None:
             self.shares = np.full(n * self.own, 1 / (n * self.own))

@@ -1,9 +1,8 @@
 """Straggler models: which patterns of late workers a scheme is built for.
 
-A pattern is ``(rounds, n)`` bool, True where a worker's answer is not used. Both models are conditions on windows of W
-consecutive rounds, so that a pattern can be checked a round at a time, from its last W - 1 rounds.
-
-Krishnan et al., arXiv 2211.13802, section 2.
+A pattern is ``(rounds, n)`` bool, True where a worker's answer is not used. A model is a condition on every window of W
+consecutive rounds (of all rounds, where there are fewer), so a pattern can be checked a round at a time, from its last
+W - 1 rounds. Krishnan et al., arXiv 2211.13802, section 2.
 """
 
 from __future__ import annotations
@@ -16,20 +15,17 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Model(ABC):
-    """``W``: rounds of a window; ``lam``: distinct stragglers in one, at most."""
+    """``W``: rounds of a window."""
 
     W: int
-    lam: int
 
     @abstractmethod
-    def _fits(self, window: np.ndarray) -> bool:
-        """Whether the stragglers of the last round of ``window`` ``(<= W, n)`` may be, each given its own past."""
+    def fits(self, window: np.ndarray) -> bool:
+        """Whether ``window`` ``(<= W, n)`` is allowed."""
 
     def admits(self, past: np.ndarray, now: np.ndarray) -> bool:
         """Whether the pattern ``past`` ``(rounds, n)``, which conforms, still does after a round ``now`` ``(n,)``."""
-        recent = past[max(0, len(past) - self.W + 1) :]
-        window = np.concatenate([recent, now[None]])
-        return int(window.any(0).sum()) <= self.lam and self._fits(window)
+        return self.fits(np.concatenate([past[max(0, len(past) - self.W + 1) :], now[None]]))
 
     def conforms(self, pattern: np.ndarray) -> bool:
         """Whether every window of ``pattern`` is allowed."""
@@ -58,11 +54,12 @@ class Bursty(Model):
     """
 
     B: int
+    lam: int
 
-    def _fits(self, window: np.ndarray) -> bool:
-        # Who straggles now must not have done so B or more rounds ago, within the window.
-        before = window[: max(0, len(window) - self.B)]
-        return not (before.any(0) & window[-1]).any()
+    def fits(self, window: np.ndarray) -> bool:
+        late = window[:, window.any(0)]
+        span = len(late) - late.argmax(0) - late[::-1].argmax(0)
+        return late.shape[1] <= self.lam and bool((span <= self.B).all())
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,17 @@ class Arbitrary(Model):
     """(N, W, lambda)-arbitrary: in any W rounds at most lambda distinct stragglers, each in at most N of them."""
 
     N: int
+    lam: int
 
-    def _fits(self, window: np.ndarray) -> bool:
-        return bool((window.sum(0) <= self.N).all())
+    def fits(self, window: np.ndarray) -> bool:
+        return int(window.any(0).sum()) <= self.lam and bool((window.sum(0) <= self.N).all())
+
+
+@dataclass(frozen=True)
+class Either(Model):
+    """In any W rounds one of ``models``, not always the same."""
+
+    models: tuple[Model, ...]
+
+    def fits(self, window: np.ndarray) -> bool:
+        return any(model.conforms(window) for model in self.models)

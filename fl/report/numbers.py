@@ -105,7 +105,7 @@ def spread(key: str, mean: float | None, std: float | None) -> str:
     elif kind == "rate":
         unit = " /s"
     mean, std = mean / scale, std / scale
-    if std == 0:
+    if std <= 1e-12 * abs(mean):  # rounding of equal values
         exact = f"{mean:.1f}" if kind == "percent" else f"{mean:,.0f}" if kind == "count" else _digits(mean)
         return f"{exact} ± 0{unit}"
     places = 1 if kind in ("percent", "count") else _places(mean)

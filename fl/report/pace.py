@@ -139,7 +139,7 @@ def pace_columns(metric: str, stretch: Stretch | None, rows: Sequence[Pace]) -> 
             (f"fluctuation over {over}", lambda row: spread(metric, row.fluctuation.mean, row.fluctuation.std))
         )
     if any(row.staleness.mean for row in rows):
-        shown.append(("mean staleness", lambda row: spread("staleness_mean", row.staleness.mean, row.staleness.std)))
+        shown.append(("mean staleness", lambda row: _exact("staleness_mean", row.staleness)))
     if any(row.jobs_per_s.n for row in rows):
         shown.append(("client jobs", lambda row: _exact("jobs_per_virtual_s", row.jobs_per_s)))
     if any(row.idle.n for row in rows):
@@ -163,8 +163,9 @@ def pace_notes(metric: str, stretch: Stretch) -> list[str]:
 
 
 def _exact(key: str, of: Spread) -> str:
-    """A deviation of zero is left out: what all seeds share need not say so in every cell."""
-    return spread(key, of.mean, of.std or None)
+    """A deviation of rounding only is left out: what all seeds share need not say so in every cell."""
+    alike = of.mean is not None and of.std is not None and of.std <= 1e-12 * abs(of.mean)
+    return spread(key, of.mean, None if alike else of.std)
 
 
 def _readings(run: Run) -> tuple[np.ndarray, np.ndarray] | None:

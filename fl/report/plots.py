@@ -120,6 +120,10 @@ def comparison_curves(groups: Sequence[Group]) -> Drawn:
                         )  # fmt: skip
                     title = clean(item.label, 44)
                     _line(c, curve, {**style, "label": title}, name, axis, prefix=f"{item.label}: ")
+                ends = [float(curve.x[-1]) for _, curve in present]
+                if axis.key == "virtual_s" and min(ends) < 0.99 * max(ends):
+                    reached = f"{min(ends):.4g} s: all get here"
+                    c.axes.axvline(min(ends), color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), label=reached)
                 _limits(c, [curve for _, curve in present], name, axis)
                 c.legend()
                 pictures.append(_finish(c, name, axis, label))

@@ -9,18 +9,23 @@ from fl.report.audit_card import audit_card
 from fl.report.cards import footer, privacy_card, settings_card, short, status, tile
 from fl.report.claims import bound
 from fl.report.client_plots import client_history, client_picture, partition_picture
+from fl.report.jobs import asynchronous
 from fl.report.load import Run, number
 from fl.report.numbers import compact, describe, human, write
+from fl.report.pace import common_stretch, fluctuation
 from fl.report.page import Markup, card, figure, join, page, table, tabs, tag
 from fl.report.plots import run_curves, spend_picture
+from fl.report.staleness_plots import staleness_pictures
 from fl.report.style import Picture
 from fl.report.tables import final_rows
-from fl.report.timeline import timeline_picture
+from fl.report.timeline_plot import timeline_picture
 
 REASONS = {  # the reasons of fl.validation, in words
     "unexpected": "nobody had asked for it",
     "duplicate": "this work had been answered before",
     "late": "it arrived after the round was over",
+    "stale": "it started from a version that was too old by then",
+    "budget": "the client's privacy budget was spent",
     "error": "the client failed",
     "schema": "it did not have the records that were asked for",
     "version": "it was made from another version, or for another round",
@@ -29,6 +34,7 @@ REASONS = {  # the reasons of fl.validation, in words
     "not_finite": "a value was NaN or infinite",
     "too_large": "its norm was over the limit",
     "weight": "it claimed more examples than there can be",
+    "proof": "its masked or shared form could not be used",
     "missing": "it never arrived",
 }
 
@@ -39,12 +45,12 @@ def run_page(run: Run) -> tuple[str, list[Picture]]:
     spent = spend_picture(run)
     clients = [p for p in (client_picture(run), client_history(run)) if p is not None]
     held = partition_picture(run)
-    timeline = timeline_picture(run)
+    timeline, stale = timeline_picture(run), staleness_pictures(run)
     body = [
         _header(run),
         _banners(run),
         _tiles(run),
-        _curves_card(curves),
+        _curves_card(run, curves),
         _final_card(run),
         _rejected_card(run),
         privacy_card(run, spent),
@@ -52,17 +58,19 @@ def run_page(run: Run) -> tuple[str, list[Picture]]:
         _clients_card(run, clients),
         _partition_card(run, held),
         card("Timeline", figure(timeline), note=_TIMELINE) if timeline is not None else None,
+        _staleness_card(stale),
         settings_card(run),
         footer(run, run.folder),
     ]
     pictures = [picture for _, some in curves for picture in some]
-    pictures += [p for p in (spent, *clients, held, timeline) if p is not None]
+    pictures += [p for p in (spent, *clients, held, timeline, *stale) if p is not None]
     return page(f"{run.experiment}, seed {run.seed}: {run.status}", *body), pictures
 
 
 _TIMELINE = (
-    "One bar is one client's work, from the version it started from to the arrival of its update. Dashed lines are "
-    "new versions of the shared adapter."
+    "A row is a client. A bar is one job, from the request to the arrival of its update; its colour says what became "
+    "of it. A stale update started from a version that had been replaced when it arrived. A gap is idle time. Ticks "
+    "above are new versions of the shared adapter. Work that was under way when the run ended left no record."
 )
 
 
@@ -138,7 +146,7 @@ def _tiles(run: Run) -> Markup:
         tiles.append(tile("Privacy loss", f"ε = {write('epsilon', numbers['epsilon'])}", bound(run)))
     if "rounds" in numbers:
         steps = f"{numbers['client_steps']:,.0f} client steps" if "client_steps" in numbers else ""
-        tiles.append(tile("Rounds", write("rounds", numbers["rounds"]), steps))
+        tiles.append(tile("Server steps" if asynchronous(run) else "Rounds", write("rounds", numbers["rounds"]), steps))
     up, down = numbers.get("bytes_up"), numbers.get("bytes_down")
     if up is not None or down is not None:
         split = f"{human(up, 'bytes')} up, {human(down, 'bytes')} down"
@@ -152,7 +160,7 @@ def _tiles(run: Run) -> Markup:
     return tag("dl", *tiles, class_="tiles") if tiles else Markup("")
 
 
-def _curves_card(curves: Any) -> Markup:
+def _curves_card(run: Run, curves: Any) -> Markup:
     if not curves:
         return card("Training", note="Nothing has been evaluated yet.")
     views = []
@@ -162,7 +170,28 @@ def _curves_card(curves: Any) -> Markup:
         if axis.key == "wall_s":
             note = tag("p", "Virtual time stands still on an instant network; this is wall time.", class_="note")
         views.append((axis.key, axis.tab, join([note, tag("div", *shown, class_="figures")])))
-    return card("Training", tabs("Horizontal axis", views))
+    return card("Training", tabs("Horizontal axis", views), note=_steadiness(run))
+
+
+def _steadiness(run: Run) -> str:
+    stretch = common_stretch([run])
+    found = fluctuation(run, stretch) if stretch is not None else None
+    if stretch is None or stretch.spacing is None or found is None:
+        return ""
+    return (
+        f"Fluctuation: over {human(stretch.spacing / 1e6, 'seconds')} of virtual time the test {run.metric} changes "
+        f"with a standard deviation of {write(run.metric, found)} ({stretch.changes} changes in the second half)."
+    )
+
+
+def _staleness_card(pictures: list[Picture]) -> Markup | None:
+    if not pictures:
+        return None
+    note = (
+        "Staleness: how many versions the server made between the one that an update started from and its arrival. "
+        "Live versions: those that work under way started from."
+    )
+    return card("Staleness", tag("div", *[figure(p) for p in pictures], class_="figures"), note=note)
 
 
 def _final_card(run: Run) -> Markup:

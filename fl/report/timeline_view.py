@@ -9,7 +9,7 @@ from statistics import median
 
 import numpy as np
 
-from fl.report.jobs import Job, by_speed, end_of, jobs_of, version_times
+from fl.report.jobs import Job, asynchronous, by_speed, end_of, jobs_of, version_times
 from fl.report.load import Run
 from fl.report.numbers import human
 
@@ -35,7 +35,7 @@ class View:
         """What is shown of how much: a part of a run says so."""
         n = len(self.clients)
         if n < self.of_clients:
-            shown = f"{n} of {self.of_clients} clients, from the fastest to the slowest"
+            shown = f"{n} of {self.of_clients} clients, fastest to slowest"
         else:
             shown = f"{n} clients, the fastest on top" if n > 1 else "1 client"
         if self.end - self.start < self.whole_s:
@@ -48,7 +48,8 @@ def view(run: Run, most_clients: int = MOST_CLIENTS, most_jobs: int = MOST_JOBS)
 
     Of more than ``most_clients`` some are picked, evenly by speed. A run is cut to a stretch in which the busiest of
     them has about ``most_jobs`` jobs, but not below one and a half of the slowest one's; it begins with a version, in
-    the middle of the run, when all do not start at the same time any more.
+    the middle of the run, when not all start at the same time any more. Of an asynchronous run that is the middle of
+    the time before most clients' last arrival: what they did afterwards left no record, and would look idle.
     """
     every = jobs_of(run)
     if not every:
@@ -62,12 +63,21 @@ def view(run: Run, most_clients: int = MOST_CLIENTS, most_jobs: int = MOST_JOBS)
     start, length = 0.0, whole
     if busiest > most_jobs:
         slowest = median(job.end - job.sent for job in every if job.client == picked[-1])
-        length = min(whole, max(whole * most_jobs / busiest, 1.5 * slowest))
-        start = max((t for t in versions if t <= (whole - length) / 2), default=0.0)
+        known = _recorded(every) if asynchronous(run) else whole
+        length = min(known, max(whole * most_jobs / busiest, 1.5 * slowest))
+        start = max((t for t in versions if t <= (known - length) / 2), default=0.0)
     end, chosen = start + length, set(picked)
     jobs = [job for job in every if job.client in chosen and job.end > start and job.sent < end]
     made = [t for t in versions if start <= t <= end]
     return View(picked, jobs, made, start, end, whole, len(clients), every)
+
+
+def _recorded(jobs: Iterable[Job]) -> float:
+    """The time before nine tenths of the clients' last arrivals."""
+    last: dict[int, float] = {}
+    for job in jobs:
+        last[job.client] = max(job.end, last.get(job.client, 0.0))
+    return sorted(last.values())[len(last) // 10]
 
 
 def shades(jobs: Iterable[Job]) -> list[tuple[int, int]]:

@@ -108,7 +108,7 @@ def notes(made: Comparison) -> list[str]:
     if made.target is not None:
         said.append(
             "To the target: the first evaluated round whose central test metric is at the target or better, over the "
-            "seeds that get there; bytes are up + down by the end of that round, time is virtual time at that evaluation."
+            "seeds that get there; bytes are up + down by the end of that round, time is virtual."
         )
     if any(row.first_error.n for row in made.rows):
         text = (
@@ -129,7 +129,7 @@ def markdown(made: Comparison) -> str:
         parts.append(_lines(head, [False] + [True] * (len(head) - 1), [_bold(line) for line in lines]))
     if made.stretch is not None:
         said = [f"- {_cell(note)}" for note in pace_notes(made.metric, made.stretch)]
-        parts += ["", "## Virtual time", "", *said, *_markdown_tables(time_columns(made), made.tuned)]
+        parts += ["", "## Virtual time", "", *said, "", _markdown_table(time_columns(made), made.tuned)]
     for value, rows in made.equal:
         parts += ["", f"## All at {_cell(made.key or '')}={_cell(show(value))}"]
         parts += _markdown_tables(columns(made, tuned=False), rows)

@@ -42,6 +42,7 @@ from fl.schedules.base import Event, Schedule, World
 from fl.state import ServerState, Update
 from fl.tasks import Task, Tasks
 from fl.validation import Reason, Rejection
+from fl.wall_tasks import WallTasks
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ class Asynchronous(Schedule):
 
     def run(self, world: World) -> Iterator[Event]:
         tasks = Tasks(world, self.max_staleness)
+        if world.wall is not None:
+            tasks = WallTasks(world, world.wall, self.max_staleness, self.period)
         if world.kept is not None:
             tasks.restore(*world.kept)
             world.treatment.restore(world.kept[0], world.kept[1]["treatment"])
@@ -132,14 +135,16 @@ class Asynchronous(Schedule):
                 reason = world.guard.stopped()
                 if reason is None:
                     self._give(world, tasks)
-                    head = tasks.peek()
+                    head = tasks.wait(end)
                 if head is None or reason is not None:
                     reason = reason or "no client takes part any more"
+                    tasks.arrived.clear()  # no step will use it
                     yield {
                         "event": "stop", "round": world.server.round, "virtual_s": world.clock.now_s, "reason": reason
                     }  # fmt: skip
                     return
             if end is not None and head > end:
+                tasks.arrived.clear()
                 world.clock.advance(end)
                 return
             event = tasks.queue.pop()
@@ -186,10 +191,10 @@ class Asynchronous(Schedule):
             chosen = world.sampling.sample(world.seed, tasks.draws, ready, world.number, room)
         for client in chosen:
             tasks.give(client, self._lr(world), self.deadline_s)
-        if len(chosen) < room and period is None and tasks.wake <= now:
+        if len(chosen) < room and period is None:
             later = [world.fleet.next_available(c, now + 1) for c in idle if c not in set(ready)]
             times = [t for t in later if t is not None]
-            if times:
+            if times and not now < tasks.wake <= min(times):
                 tasks.wake = min(times)
                 tasks.at(tasks.wake, "wake")
 
@@ -204,9 +209,10 @@ class Asynchronous(Schedule):
         """``q_i`` from the durations of jobs; None where they are not needed or are counted."""
         if self.weights == "identical" or self.rates == "observed":
             return None
-        durations = [tasks.duration(c) for c in range(world.number)]
-        known = [d for d in durations if d is not None]
-        if len(known) < world.number or world.per_round < world.number or min(known) == 0:
+        steady = world.network.steady and world.per_round == world.number
+        durations = [tasks.duration(c) for c in range(world.number)] if steady else []
+        known = [d for d in durations if d]
+        if len(known) < world.number:
             raise ConfigError(
                 "schedule.rates", "model",
                 "observed, unless all clients are at work all the time, each taking its own time, above 0, for every "
@@ -329,6 +335,6 @@ def _client_event(world: World, task: Task, taken: TrainReply | Rejection) -> Ev
         "accepted": isinstance(taken, TrainReply),
         "reason": None if isinstance(taken, TrainReply) else taken.reason.value,
         "sent_s": seconds(task.sent),
-        "began_s": seconds(task.began),
-        "done_s": seconds(task.done),
+        "began_s": seconds(task.began) if world.wall is None else None,
+        "done_s": seconds(task.done) if world.wall is None else None,
     }

@@ -30,6 +30,7 @@ from fl.secure import Codecs, Plain, SecureRound
 from fl.shares import SharedRound
 from fl.state import ServerState, Update
 from fl.validation import Validator
+from fl.wall import Heard, WallFleet
 from privacy.base import Guard
 from privacy.secure_aggregation.settings import SecAggPlus
 from privacy.secure_aggregation.shares import ProofCodec, SecretShares
@@ -44,6 +45,7 @@ MESSAGE_TYPE = {
     "evaluate": "evaluate",
     "statistic": "query",
     "secure": "query",
+    "gradient": "query",
 }  # Flower's types of messages
 
 
@@ -84,6 +86,23 @@ class World:
     @property
     def number(self) -> int:
         return len(self.nodes)
+
+    @property
+    def wall(self) -> WallFleet | None:
+        """The fleet where time is real (``network=wall_clock``), else None."""
+        return self.fleet if isinstance(self.fleet, WallFleet) else None
+
+    def now(self) -> int:
+        """The present tick. Real time has gone on by itself."""
+        if self.wall is not None:
+            self.clock.advance(self.wall.now(self.clock))
+        return self.clock.now
+
+    def pass_to(self, tick: int) -> None:
+        """Let the clock come to ``tick``."""
+        if self.wall is not None:
+            self.wall.sleep(self.clock, tick)
+        self.clock.advance(tick)
 
     def exchange(self, server: ServerState, round: int, asked: Sequence[int]) -> Plain:
         """How the updates of ``round`` reach the server; takes the time that has to be spent before training.
@@ -143,19 +162,29 @@ class World:
         self.downlink.note(old, folded, new.increment)
         return folded
 
-    def ask(self, requests: Sequence[Request]) -> tuple[list[tuple[int, Message]], dict[int, int]]:
+    def message(self, request: Request) -> Message:
+        """The Flower message that carries ``request`` to its client."""
+        return Message(
+            request.to_record(), self.nodes[request.client], MESSAGE_TYPE[request.kind], group_id=str(request.round)
+        )
+
+    def ask(
+        self, requests: Sequence[Request], until: int | None = None, heard: Heard = lambda client, reply: False
+    ) -> tuple[list[tuple[int, Message]], dict[int, int]]:
         """Send the requests and wait for the replies: (client, reply) as they came, and the bytes sent to each client.
+
+        ``heard`` is given each of them as it comes. Where time is real, waiting ends at the tick ``until``, or when
+        ``heard`` says that it is enough (`fl.wall.WallFleet.ask`).
 
         A network may deliver a reply twice; both are returned, and `fl.validation.Validator` counts the first.
         Waiting is polling with `push_messages` and `pull_messages`, which works on every Flower grid. All of an
         in-process grid's replies are there at the first pull.
         """
-        records = [r.to_record() for r in requests]
-        sent = {r.client: payload_bytes(record) for r, record in zip(requests, records, strict=True)}
-        messages = [
-            Message(record, self.nodes[r.client], MESSAGE_TYPE[r.kind], group_id=str(r.round))
-            for record, r in zip(records, requests, strict=True)
-        ]
+        messages = [self.message(r) for r in requests]
+        sent = {r.client: payload_bytes(m.content) for r, m in zip(requests, messages, strict=True)}
+        if self.wall is not None:
+            to = {r.client: m for r, m in zip(requests, messages, strict=True)}
+            return self.wall.ask(self.grid, self.clock, to, until, heard), sent
         clients = dict(zip(self.grid.push_messages(messages), (r.client for r in requests), strict=True))
         replies: list[tuple[int, Message]] = []
         waiting, pause_s = set(clients), 0.01
@@ -164,6 +193,7 @@ class World:
                 answered = reply.metadata.reply_to_message_id
                 if answered in clients:
                     replies.append((clients[answered], reply))
+                    heard(clients[answered], reply)
                     waiting.discard(answered)
             if waiting:
                 time.sleep(pause_s)

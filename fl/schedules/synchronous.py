@@ -1,4 +1,4 @@
-"""Synchronous rounds (McMahan et al., arXiv 1602.05629, algorithm 1) on the virtual clock.
+"""Synchronous rounds (McMahan et al., arXiv 1602.05629, algorithm 1).
 
 A round asks some clients, waits for them, and aggregates. It lasts as long as its slowest client that is waited for:
 with ``over_selection`` until the first k have answered, with ``deadline_s`` at most that long.
@@ -43,6 +43,8 @@ class Synchronous(Schedule):
         return self.rounds
 
     def run(self, world: World) -> Iterator[Event]:
+        if world.wall is not None:
+            world.wall.check_resumed(world.guard)
         for round in range(world.server.round + 1, self.rounds + 1):
             reason = world.guard.stopped()
             if reason is not None:
@@ -54,14 +56,21 @@ class Synchronous(Schedule):
         server = world.server
         asked = self._sample(world, round)
         exchange = world.exchange(server, round, asked)
-        asked, start = list(exchange.clients), world.clock.now
+        asked, start = list(exchange.clients), world.now()
+        until = None if self.deadline_s is None else start + ticks(self.deadline_s)
+        quota = world.sampling.quota(world.per_round)
         lr = world.local.lr_at(round, self.rounds)
         requests = {c: world.train_request(c, round, lr, server, exchange.arrays(c)) for c in asked}
-        replies, down = world.ask(list(requests.values()))
+        answers: list[tuple[int, TrainReply | Rejection, Message]] = []
+
+        def enough(client: int, reply: Message) -> bool:
+            answers.append((client, world.validator.check(reply, requests[client]), reply))
+            return quota is not None and sum(isinstance(k, TrainReply) for _, k, _ in answers) >= quota
+
+        _, down = world.ask(list(requests.values()), until, enough)
         queue = EventQueue(Clock(start))
         heard: set[int] = set()
         acknowledged: list[int] = []
-        answers = [(c, world.validator.check(reply, requests[c]), reply) for c, reply in replies]
         ups = [0 if reply.has_error() else payload_bytes(reply.content) for _, _, reply in answers]
         once = {c: (c, round, _steps(k, reply), down[c], up) for (c, k, reply), up in reversed([*zip(answers, ups)])}
         jobs = dict(zip(once, world.fleet.jobs(start, list(once.values())), strict=True))
@@ -75,18 +84,25 @@ class Synchronous(Schedule):
             down_once = 0 if client in heard else down[client]
             queue.push(when, Priority.ARRIVE, client, _Arrival(checked, up, down_once, start, job))
             heard.add(client)
+        late = [c for c in asked if c not in heard]  # in real time a round ends without them
+        if late:
+            assert world.wall is not None
+            now = world.wall.now(world.clock)
+            now = now if until is None else min(now, until)
+            missed, job = Rejection(Reason.LATE, "no reply before the round was over"), Job(start, now, None, now)
+            for client in late:
+                queue.push(now, Priority.ARRIVE, client, _Arrival(missed, 0, down[client], start, job))
         trained = server.space.trains(round)
         first_contact = sum(world.downlink.once(server, c, trained, requests[c].extra) for c in asked)
         for client in acknowledged:
             world.downlink.heard(client, server.version)
-        if self.deadline_s is not None:
-            queue.push(start + ticks(self.deadline_s), Priority.SERVER_TICK)
+        if until is not None:
+            queue.push(until, Priority.SERVER_TICK)
         updates: list[Update] = []
         rejected: Counter[str] = Counter()
         first = ""  # why the first rejected reply was
         totals: Counter[str] = Counter()
-        quota = world.sampling.quota(world.per_round)
-        over, waiting, end = False, len(replies), start
+        over, waiting, end = False, len(answers) + len(late), start
         while queue:
             event = queue.pop()
             if event.priority == Priority.SERVER_TICK:
@@ -114,7 +130,8 @@ class Synchronous(Schedule):
             else:
                 rejected[checked.reason.value] += 1
                 first = first or f" (the first: {checked.detail})"
-            yield _client_event(round, server.version, event.client, event.time, checked, arrival)
+            known = world.wall is None
+            yield _client_event(round, server.version, event.client, event.time, checked, arrival, known)
             over = over or (quota is not None and len(updates) >= quota)
         world.clock.advance(end)
         world.validator.forget(round)
@@ -167,7 +184,7 @@ class Synchronous(Schedule):
         everyone, begun, cycle = range(world.number), world.clock.now, world.fleet.cycle
         needed = world.sampling.needed(world.number, world.per_round)
         while True:
-            now = world.clock.now
+            now = world.now()
             ready = [c for c in everyone if world.fleet.available(c, now)]
             if len(ready) >= needed:
                 return world.sampling.sample(world.seed, round, ready, world.number, world.per_round)
@@ -178,7 +195,7 @@ class Synchronous(Schedule):
                     f"Round {round} needs {needed} clients that are available at once, and there will never be that "
                     f"many. Lower clients.per_round, raise network.availability, or use sampling=available. {_WAY_OUT}"
                 )
-            world.clock.advance(min(times))
+            world.pass_to(min(times))
 
 
 @dataclass(frozen=True)
@@ -202,7 +219,7 @@ def _steps(checked: TrainReply | Rejection, reply: Message) -> int:
 
 
 def _client_event(
-    round: int, version: int, client: int, time: int, checked: TrainReply | Rejection, arrival: _Arrival
+    round: int, version: int, client: int, time: int, checked: TrainReply | Rejection, arrival: _Arrival, known: bool
 ) -> dict[str, Any]:
     good = arrival.checked if isinstance(arrival.checked, TrainReply) else None
     return {
@@ -221,6 +238,6 @@ def _client_event(
         "accepted": isinstance(checked, TrainReply),
         "reason": None if isinstance(checked, TrainReply) else checked.reason.value,
         "sent_s": seconds(arrival.sent),
-        "began_s": seconds(min(arrival.job.began, time)),
-        "done_s": seconds(min(arrival.job.done, time)),
+        "began_s": seconds(min(arrival.job.began, time)) if known else None,
+        "done_s": seconds(min(arrival.job.done, time)) if known else None,
     }

@@ -169,6 +169,7 @@ def test_an_adapter_that_overflows_stops_the_run():
 
 def test_settings():
     values = yaml.safe_load((Path(__file__).parents[2] / "configs" / "aggregator" / "fedavg.yaml").read_text())
+    values.pop("defaults")
     assert build(values, "aggregator", Aggregator) == FedAvg("examples")
     assert build({"_target_": "aggregators.fedavg.FedAvg", "weights": "uniform"}, "aggregator") == FedAvg("uniform")
     with pytest.raises(ConfigError, match=r"aggregator\.weights='size'.*examples, uniform"):

@@ -104,9 +104,7 @@ def write_scheduled(
                 event["done_s"] = None
             arrived.append(event)
             lines.append(event)
-            if schedule == "fedasync" and step < steps:
-                serve(now)
-            elif schedule == "fedbuff" and len(arrived) == buffer and step < steps:
+            if step < steps and len(arrived) == {"fedasync": 1, "fedbuff": buffer}.get(schedule):
                 serve(now)
             if schedule in ("fedasync", "fedbuff"):
                 start(client, now)
@@ -122,7 +120,8 @@ def write_scheduled(
     test = next(line for line in reversed(lines) if line["event"] == "eval")
     info = {
         "name": schedule, "experiment": "fedfix", "seed": seed, "status": "completed", "task": "classification",
-        "num_clients": clients, "model": "minilm", "data": "vader", "overrides": [f"schedule={schedule}", f"seed={seed}"],
+        "num_clients": clients, "model": "minilm", "data": "vader", "privacy": "No privacy is promised.",
+        "overrides": [f"schedule={schedule}", f"seed={seed}"],
         "settings": {
             "seed": seed, "schedule._target_": f"fl.schedules.{schedule}.{schedule.capitalize()}",
             "schedule.rounds": steps, "clients.number": clients,

@@ -12,7 +12,6 @@ from fl.comparison import (
     RESOLVED,
     UNRESOLVED,
     Row,
-    Spread,
     aggregation_errors,
     as_plain,
     choose,
@@ -20,7 +19,9 @@ from fl.comparison import (
     judged,
     reached,
 )
+from fl.report.groups import Spread
 from fl.report.load import Collection, Run, load_all
+from fl.report.pace import pace
 from tests.fl.synthetic_runs import STATE_BYTES, write_run, write_variants
 
 VARIANTS = {"good": {"gain": 0.4, "error": 0.2}, "fair": {"gain": 0.3, "once": 5000}, "poor": {"gain": 0.1}}
@@ -56,8 +57,9 @@ def row(name: str, value=None, mean=None, std=None, clients=None, n=3) -> Row:
         variant=name, settings={}, value=value, runs=[run] * n, index=0,
         metric=Spread(n if mean is not None else 0, mean, std),
         clients=Spread(n if clients is not None else 0, clients, 0.01),
-        target_rounds=nothing, target_bytes=nothing, bytes_up=nothing, bytes_down=nothing, bytes_once=nothing,
-        first_error=nothing, last_error=nothing, trainable=None,
+        target_rounds=nothing, target_bytes=nothing, target_seconds=nothing,
+        bytes_up=nothing, bytes_down=nothing, bytes_once=nothing,
+        first_error=nothing, last_error=nothing, trainable=None, pace=pace([], None),
     )  # fmt: skip
 
 
@@ -113,13 +115,13 @@ def test_the_target_is_reached_at_the_first_evaluation_that_is_there(sweep):
 
 def test_a_target_met_exactly_counts_and_one_met_before_training_costs_nothing():
     run = Run(Path("x"), {}, rounds=[{"round": r, "bytes_up_total": 10 * r, "bytes_down_total": r} for r in (1, 2, 3)])
-    run.tests = [{"round": r, "accuracy": a} for r, a in ((0, 0.5), (2, 0.7), (3, 0.6))]
-    assert reached(run, 0.7) == (2.0, 22.0)
+    run.tests = [{"round": r, "accuracy": a, "virtual_s": 1.5 * r} for r, a in ((0, 0.5), (2, 0.7), (3, 0.6))]
+    assert reached(run, 0.7) == (2.0, 22.0, 3.0)
     assert reached(run, 0.70001) is None
-    assert reached(run, 0.5) == (0.0, 0.0)
+    assert reached(run, 0.5) == (0.0, 0.0, 0.0)
     run = Run(Path("x"), {}, rounds=run.rounds)
     run.tests = [{"round": r, "perplexity": a} for r, a in ((0, 30.0), (2, 12.0), (3, 14.0))]
-    assert reached(run, 12.0, higher_is_better=False) == (2.0, 22.0)
+    assert reached(run, 12.0, higher_is_better=False) == (2.0, 22.0, None)
     assert reached(run, 11.0, higher_is_better=False) is None
 
 

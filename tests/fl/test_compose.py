@@ -110,7 +110,7 @@ WRONG = {
     "no option": (["model=null"], "model", None, "the name of an option", "shoal list model"),
     "settings for an option": (["local={lr: 1}"], "local", {"lr": 1}, "the name of an option", "shoal list local"),
     "several options": (["model=[a,b]"], "model", ["a", "b"], "the name of an option", "shoal list model"),
-    "group with a dot": (["local.optimizer=sgd"], "local.optimizer", "sgd", "several settings", "local/optimizer=NAME"),
+    "group with a dot": (["local.optimizer=sdg"], "local/optimizer", "sdg", "one of adamw, momentum, sgd", "sgd?"),
     "value for a section": (["clients=3"], "clients", 3, "several settings: number, per_round", "clients.number=VALUE"),
     "list for a section": (["clients=[3]"], "clients", "[3]", "of another kind", ""),
     "list of values": (["seed=0,1"], "seed", "0,1", "one value for each setting", "shoal sweep"),

@@ -25,7 +25,17 @@ DUE = [
 @pytest.mark.parametrize(("when", "central", "clients"), DUE)
 def test_when_it_is_due(when, central, clients):
     assert [r for r in range(6) if when.central(r, last=r == 5)] == central
-    assert [r for r in range(6) if when.per_client(r, last=r == 5)] == clients
+    assert [r for r in range(6) if when.per_client(when.central(r, r == 5), last=r == 5)] == clients
+
+
+def test_it_is_due_where_virtual_time_passes_a_multiple():
+    when = Evaluation(every=0, every_s=2.0)
+    last, found = 0, []
+    for round, tick in enumerate((0, 1_999_999, 2_000_000, 3_500_000, 4_100_000, 9_000_000, 9_900_000)):
+        if when.central(round, False, last, tick):
+            found.append(tick)
+            last = tick
+    assert found == [0, 2_000_000, 4_100_000, 9_000_000]
 
 
 def test_scores_become_numbers():

@@ -52,6 +52,8 @@ def test_unlimited_rates_leave_the_latency():
 def test_parts_are_rounded_before_they_are_added():
     network = Uniform(seconds_per_step=0.6e-6, latency_s=0.6e-6, down_mbps=None, up_mbps=None)
     assert network.fleet(0, 1).job(0, 1, 1, 0, 0).total == 3  # 1.8 microseconds in all
+    slow = Uniform(seconds_per_step=0, latency_s=0.6e-6, down_mbps=40.0, up_mbps=None, server_down_mbps=40.0)
+    assert slow.fleet(0, 1).job(0, 1, 1, 3, 0) == Times(1 + 1, 0, 1)  # 0.6 at the server; 0.6 + 0.6; 0.6
 
 
 def test_times_add_up_exactly_on_a_grid_of_a_hundredth_of_a_second():

@@ -14,23 +14,22 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fl.comparison import Spread, as_plain, compare
+from fl.comparison import as_plain, compare
 from fl.errors import ShoalError
 from fl.report import comparison_table, final_table, load_all, load_run, write_report, write_summary_csv
-from fl.report.curves import Axis, axes_of, mean_curve, metric_curve
-from fl.report.groups import group, varying
+from fl.report.curves import MOST_POINTS, ROUNDS, SECONDS, Axis, Curve, axes_of, mean_curve, metric_curve
+from fl.report.groups import Spread, group, varying
 from fl.report.numbers import human, spread, write
 from fl.report.page import tag
-from fl.report.plots import compared, run_curves
+from fl.report.plots import compared, comparison_curves, run_curves
 from fl.report.style import VARIABLES, inline_svg
 from fl.report.tables import final_rows
-from fl.report.variant_plots import error_picture
+from fl.report.variant_plots import error_picture, groups_of, panels_picture
 from fl.report.variant_tables import at_the_end, columns, markdown, notes, relative, terminal_table, write_comparison
 from tests.fl.synthetic_runs import STATE_BYTES, write_run, write_sweep, write_variants
+from tests.fl.synthetic_schedules import write_scheduled, write_schedules
 
 BYTES = Axis("bytes", "Bytes", "MB")
-ROUNDS = Axis("round", "Rounds", "round")
-SECONDS = Axis("virtual_s", "Seconds", "s")
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +337,46 @@ def test_seeds_of_unlike_length_are_averaged_where_all_have_been(tmp_path):
     assert band.low[-1] - 1e-9 <= 100 * last <= band.high[-1] + 1e-9
 
 
+def test_between_its_points_a_run_has_the_value_of_the_last_one():
+    few = Curve(np.array([0.0, 4.0, 8.0]), np.array([10.0, 20.0, 30.0]))
+    many = Curve(np.array([0.0, 1.0, 5.0, 9.0]), np.array([0.0, 2.0, 4.0, 6.0]))
+    band = mean_curve([few, many])
+    assert band.x.tolist() == [0, 1, 4, 5, 8]
+    assert band.high.tolist() == [10, 10, 20, 20, 30] and band.low.tolist() == [0, 2, 2, 4, 4]
+    assert band.y.tolist() == [5, 6, 11, 12, 17]
+
+
+def test_curves_of_very_many_points_are_read_at_even_steps():
+    rng = np.random.Generator(np.random.PCG64(1))
+    runs = [Curve(np.arange(0.0, 400.0) + shift, rng.normal(size=400)) for shift in (0.0, 0.5)]
+    band = mean_curve(runs)
+    assert len(band.x) == MOST_POINTS and (band.x[0], band.x[-1]) == (0.5, 399.0)
+    at = MOST_POINTS // 2
+    assert band.y[at] == pytest.approx((runs[0].y[int(band.x[at])] + runs[1].y[int(band.x[at] - 0.5)]) / 2)
+
+
+def test_virtual_time_comes_first_where_schedules_differ(tmp_path):
+    runs = [load_run(write_scheduled(tmp_path / name, name, steps=5, clients=4)) for name in ("synchronous", "fedfix")]
+    assert [axis.key for axis in axes_of(runs)] == ["virtual_s", "round", "bytes"]
+    assert axes_of(runs[:1])[0].key == "round"
+    longer = load_run(write_scheduled(tmp_path / "longer", "fedfix", steps=9, clients=4))
+    assert axes_of([runs[1], longer])[0].key == "round"
+    for run in runs:
+        run.rounds, run.tests = (
+            [e | {"virtual_s": 0.0} for e in run.rounds],
+            [e | {"virtual_s": 0.0} for e in run.tests],
+        )
+    assert [axis.key for axis in axes_of(runs)] == ["round", "wall_s", "bytes"]
+
+
+def test_two_evaluations_of_one_version_are_both_kept(tmp_path):
+    run = load_run(write_scheduled(tmp_path, "synchronous", steps=3, clients=4, every_s=0.25))
+    times = [e["virtual_s"] for e in run.tests]
+    assert times == sorted(times) and times[:5] == [0, 0.25, 0.5, 0.75, 1.0]
+    assert metric_curve(run, SECONDS).x.tolist() == times
+    assert metric_curve(run, ROUNDS).x.tolist() == [0, 1, 2, 3]
+
+
 def test_wall_time_stands_in_for_a_virtual_clock_that_stands_still(tmp_path):
     moving, still = (load_run(write_run(tmp_path / str(i), instant=i)) for i in (False, True))
     assert [axis.key for axis in axes_of([moving])] == ["round", "virtual_s", "bytes"]
@@ -575,6 +614,29 @@ def test_a_sweep_of_variants_has_tables_for_tuned_and_for_equal_values(variants)
     assert path.stat().st_size < 1_500_000
     ids = page.values("id")
     assert len(ids) == len(set(ids))
+
+
+def test_variants_of_unlike_schedules_are_drawn_against_virtual_time(tmp_path):
+    schedules = {
+        "synchronous": {"steps": 4},
+        "fedasync": {"steps": 100},
+        "fedbuff": {"steps": 20},
+        "fedfix": {"steps": 9},
+    }
+    folder = write_schedules(tmp_path, schedules, [0, 1], clients=6)
+    page = Page(write_report([folder], folder / "report.html").read_text(encoding="utf-8"))
+    assert (
+        page.values("data-view") == ["virtual_s", "round", "bytes"] * 2
+    )  # the tabs, and the views: the first is shown
+    made = compare(load_all([folder]))
+    panels = panels_picture(made.tuned)
+    assert "virtual time (s)" in panels.alt and ">virtual time (s)<" in panels.svg
+    (axis, (metric, loss)), *_ = comparison_curves(groups_of(made.tuned))
+    assert axis.key == "virtual_s" and "2 runs" in metric.svg and "2 runs" in loss.svg
+    assert ": all get here<" in metric.svg
+    same = write_schedules(tmp_path / "same", {"a": {}, "b": {}}, [0], schedule="synchronous", steps=3, clients=4)
+    (axis, _), (_, (metric, _)), *_ = comparison_curves(groups_of(compare(load_all([same])).tuned))
+    assert axis.key == "round" and "all get here" not in metric.svg
 
 
 def test_log_axes_are_labelled_in_plain_numbers(variants, tmp_path):

@@ -266,7 +266,7 @@ def test_dropouts_are_those_of_the_network_model():
     start = 0
     for k, (events, event) in enumerate(zip(ours, rounds, strict=True), 1):
         for e in events:
-            job = network.job(3, e["client"], k, e["client"] + 1, e["bytes_down"], 0)
+            job = network.fleet(3, 12).job(e["client"], k, e["client"] + 1, e["bytes_down"], 0)
             assert e["accepted"] == (job.dropped_at is None)
             assert e["reason"] == (None if e["accepted"] else "error")
             assert ticks(e["virtual_s"]) == start + (job.total if e["accepted"] else job.dropped_at)

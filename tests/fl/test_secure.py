@@ -15,6 +15,7 @@ from clients.behaviours.faulty import Faulty
 from fl.cli import main
 from fl.clock import ticks
 from fl.errors import RunStopped, ShoalError
+from fl.fleet import Fleet
 from fl.messages import SecureRequest, TrainReply, TrainRequest, payload_bytes
 from fl.network import Instant, Uniform
 from fl.run import resume
@@ -190,12 +191,13 @@ def test_bytes_are_those_of_all_messages():
 
 
 def test_a_reply_that_is_lost_on_the_way_is_no_answer_and_costs_no_upload():
-    class Losing(Instant):
-        def job(self, seed, client, round, steps, down, up, *stage):
-            job = super().job(seed, client, round, steps, down, up, *stage)
-            return replace(job, dropped_at=0) if (*stage, client) in {(SHARES, 1), (UNMASK, 2)} else job
+    class Losing(Fleet):
+        def job(self, client, job, steps, down, up, *stage):
+            times = super().job(client, job, steps, down, up, *stage)
+            return replace(times, dropped_at=0) if (*stage, client) in {(SHARES, 1), (UNMASK, 2)} else times
 
-    world = make(6, network=Losing())
+    world = make(6)
+    world.fleet = Losing(Instant(), world.seed, 6)
     *clients, event = play(world)
     assert [e["client"] for e in clients] == [0, 2, 3, 4, 5]
     np.testing.assert_allclose(world.server.vector, mean_of([0, 2, 3, 4, 5], 1), atol=1e-6)

@@ -13,13 +13,13 @@ from tests.helpers import DECODER, ENCODER, SHARED, clients, evaluations, final,
 
 CLIENT = [
     "event", "round", "version", "client", "virtual_s", "staleness", "bytes_down", "bytes_up", "examples", "steps",
-    "tokens", "loss", "accepted", "reason", "wall_s",
+    "tokens", "loss", "accepted", "reason", "sent_s", "began_s", "done_s", "wall_s",
 ]  # fmt: skip
 ROUND = [
     "event", "round", "version", "virtual_s", "sampled", "accepted", "rejected", "bytes_down", "bytes_up",
     "bytes_down_total", "bytes_up_total", "client_steps", "client_steps_total", "tokens", "loss", "update_norm",
     "bytes_once", "aggregation_error",
-    "epsilon", "wall_s",
+    "epsilon", "staleness", "live_versions", "wall_s",
 ]  # fmt: skip
 EVAL = ["event", "round", "virtual_s", "split", "examples", "loss"]
 CLIENTS = [

@@ -224,7 +224,7 @@ def test_random_bytes_for_a_vector_never_raise():
 
 
 def test_the_reasons_are_a_fixed_list():
-    names = "unexpected duplicate late budget error schema version layout shape not_finite too_large weight proof"
+    names = "unexpected duplicate late stale budget error schema version layout shape not_finite too_large weight proof"
     assert [reason.value for reason in Reason] == names.split()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clients.cohort import CohortBatch
 from clients.layout import Layout
+from clients.unrolled import Samples
 
 INPUTS, HIDDEN, CLASSES = 20, 64, 10
 LAYOUT = Layout(("w1", "b1", "w2", "b2"), ((HIDDEN, INPUTS), (HIDDEN,), (CLASSES, HIDDEN), (CLASSES,)))
@@ -34,6 +35,13 @@ def initial(seed: int) -> Tensor:
     rng = np.random.default_rng((seed, 1))
     parts = [rng.uniform(-1, 1, size) / np.sqrt(n) for size, n in zip(LAYOUT.sizes, (20, 20, 64, 64), strict=True)]
     return torch.from_numpy(np.concatenate(parts))
+
+
+def first_samples(seed: int, number: int = 16) -> Samples:
+    """``number`` samples of one slot: inputs from N(0, 0.3^2), logits of labels from N(0, 0.1^2)."""
+    rng = np.random.default_rng((seed, 3))
+    x, y = rng.normal(size=(1, number, 1, INPUTS)), rng.normal(size=(1, number, CLASSES))
+    return Samples(torch.from_numpy(0.3 * x), torch.from_numpy(0.1 * y))
 
 
 def trained(start: Tensor, x: Tensor, labels: Tensor, steps: int, lr: float, momentum: float = 0.0) -> Tensor:

@@ -17,12 +17,12 @@ from fl.compose import compose
 from fl.config import build
 from fl.errors import ConfigError, ShoalError
 from fl.experiment import Settings
-from fl.network import Instant, Network, Trace
+from fl.network import Instant
 from fl.sampling import Available, Fixed, Poisson
 from fl.schedules.synchronous import Synchronous
 from fl.state import ServerState, Update
 from privacy.central import Central
-from privacy.client_level import always_available, clipped
+from privacy.client_level import clipped
 from privacy.dp_ftrl import DPFTRL
 from privacy.ledger import spent
 from privacy.secure_aggregation.settings import SecAggPlus
@@ -350,14 +350,3 @@ def test_noise_is_the_contents_and_replays(kind):
     assert np.array_equal(first, noise())
     for other in (noise(entry=-0.01), noise(round=2), noise(seed=1), noise(version=1)):
         assert abs(np.corrcoef(first, other)[0, 1]) < 0.7  # of 44 independent numbers: above with probability 2e-7
-
-
-def test_who_is_always_available(tmp_path):
-    def says(network: Network) -> bool:
-        return always_available(settings(network=network))
-
-    assert says(Instant()) and not says(Instant(availability=0.99))
-    rows = "client,seconds_per_step,latency_s,up_mbps,down_mbps"
-    (tmp_path / "always").write_text(f"{rows}\n0,1,0,1,1\n")
-    (tmp_path / "windows").write_text(f"{rows},from_s,until_s\n0,1,0,1,1,0,5\n")
-    assert says(Trace(path=str(tmp_path / "always"))) and not says(Trace(path=str(tmp_path / "windows")))

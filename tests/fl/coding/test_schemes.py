@@ -1,5 +1,6 @@
 """Sequential gradient coding: every job is decoded at its deadline, at the load of the formula, or it is said."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -40,15 +41,17 @@ def test_msgc_meets_every_deadline(n, B, W, lam, kind):
         pattern = scheme.model.draw(n, JOBS + scheme.delay, generator(seed, "stragglers"))
         _check(scheme, pattern, seed)
         scheme = MSGC(n, JOBS, B, W, lam, kind)
-        other = Arbitrary(W=W - 1 + B, lam=lam, N=B)
+        _check(scheme, Bursty(W, B, lam).draw(n, JOBS + scheme.delay, generator(seed, "bursty")), seed)
+        scheme = MSGC(n, JOBS, B, W, lam, kind)
+        other = Arbitrary(W - 1 + B, B, lam)
         _check(scheme, other.draw(n, JOBS + scheme.delay, generator(seed, "arbitrary")), seed)
 
 
 @pytest.mark.parametrize(("n", "B", "W", "lam"), SR_SGC)
 def test_srsgc_meets_every_deadline(n, B, W, lam):
     for seed in range(60):
-        scheme = SRSGC(n, JOBS, B, W, lam)
-        _check(scheme, scheme.model.draw(n, JOBS + B, generator(seed, "stragglers")), seed)
+        for model in (SRSGC(n, JOBS, B, W, lam).model, Bursty(W, B, lam)):
+            _check(SRSGC(n, JOBS, B, W, lam), model.draw(n, JOBS + B, generator(seed, "stragglers")), seed)
 
 
 @pytest.mark.parametrize("s", [0, 1, 2, 4])
@@ -58,28 +61,43 @@ def test_gc_decodes_every_round(s):
         _check(scheme, scheme.model.draw(6, JOBS, generator(seed, "stragglers")), seed)
 
 
-def test_srsgc_meets_its_deadlines_in_every_pattern_of_a_bursty_model():
-    model = Bursty(W=3, lam=2, B=2)
-    allowed = [p for p in coding.patterns(3, 5) if model.conforms(p)]
-    assert len(allowed) > 1000
-    for pattern in allowed:
-        scheme = SRSGC(3, 3, 2, 3, 2)
-        _decoded_all(scheme, pattern)
+@pytest.mark.parametrize(("n", "B", "W", "lam", "rounds"), [(3, 2, 3, 2, 5), (3, 1, 2, 2, 5), (4, 1, 3, 3, 4)])
+@pytest.mark.parametrize("kind", [SRSGC, MSGC])
+def test_every_pattern_of_the_model_is_tolerated(kind, n, B, W, lam, rounds):
+    scheme = kind(n, rounds, B, W, lam, "cyclic")
+    assert _walk(scheme, rounds, np.zeros((0, n), dtype=bool)) > 1000
 
 
-def test_msgc_meets_its_deadlines_in_every_pattern_of_both_models():
-    bursty, arbitrary = Bursty(W=3, lam=2, B=2), Arbitrary(W=4, lam=2, N=2)
-    allowed = [p for p in coding.patterns(3, 5) if bursty.conforms(p) or arbitrary.conforms(p)]
-    assert len(allowed) > 1000
-    for pattern in allowed:
-        scheme = MSGC(3, 2, 2, 3, 2)
-        _decoded_all(scheme, pattern)
+def _walk(scheme, rounds, past) -> int:
+    """Go through all patterns that conform, to ``rounds`` rounds; how many there are."""
+    seen = 0
+    for late in coding.patterns(scheme.n, 1):
+        if not scheme.model.admits(past, late[0]):
+            continue
+        after = copy.copy(scheme)
+        after.done(len(past) + 1, ~late[0])
+        due = len(past) + 1 - scheme.delay
+        assert due < 1 or after.decodable(due)
+        seen += 1
+        if len(past) + 1 < rounds:
+            seen += _walk(after, rounds, np.concatenate([past, late]))
+    return seen
 
 
-def _decoded_all(scheme, pattern):
-    for round, late in enumerate(pattern, start=1):
-        scheme.done(round, ~late)
-        assert round <= scheme.delay or scheme.decodable(round - scheme.delay)
+@pytest.mark.parametrize(("n", "B", "W", "lam"), [(4, 1, 2, 3), (4, 2, 3, 2), (5, 1, 3, 3)])
+def test_models_are_what_the_table_says(n, B, W, lam):
+    L, s = W - 1 + B, SRSGC(n, 1, B, W, lam).code.s
+    found = {True: 0, False: 0}
+    for seed in range(200):
+        rng = generator(seed, "pattern")
+        pattern = rng.random((6, n)) < rng.choice([0.05, 0.15, 0.3])
+        right = [coding.bursty(w, B, W, lam) or w.sum(1).max() <= s for w in coding.windows(pattern, W)]
+        assert SRSGC(n, 1, B, W, lam).model.conforms(pattern) == all(right)
+        right = [coding.bursty(w, B, W, lam) or coding.arbitrary(w, B, L, lam) for w in coding.windows(pattern, L)]
+        assert MSGC(n, 1, B, W, lam).model.conforms(pattern) == all(right)
+        found[all(right)] += 1
+        assert GC(n, 1, 2).model.conforms(pattern) == (pattern.sum(1).max() <= 2)
+    assert min(found.values()) > 20
 
 
 def test_a_burst_beyond_the_model_is_reported():
@@ -150,7 +168,7 @@ def test_memory_does_not_grow():
 
 
 def test_assign_changes_nothing_and_the_state_comes_back():
-    pattern = Bursty(W=3, lam=2, B=2).draw(6, 20, generator(3, "stragglers"))
+    pattern = Bursty(3, 2, 2).draw(6, 20, generator(3, "stragglers"))
     for make in (lambda: SRSGC(6, 15, 2, 3, 2), lambda: MSGC(6, 15, 2, 3, 2)):
         one, two = make(), make()
         for round, late in enumerate(pattern, start=1):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fl.coding.stragglers import Arbitrary, Bursty
+from fl.coding.stragglers import Arbitrary, Bursty, Either
 from fl.keys import generator
 from tests.oracles import coding
 
@@ -39,9 +39,12 @@ def test_arbitrary_is_its_definition(N, W, lam):
 
 def test_every_small_pattern():
     model, other = Bursty(W=3, lam=2, B=2), Arbitrary(W=3, lam=2, N=1)
+    either = Either(3, (Bursty(W=2, B=1, lam=1), Bursty(W=3, B=3, lam=2)))
     for pattern in coding.patterns(3, 4):
         assert model.conforms(pattern) == coding.bursty(pattern, 2, 3, 2)
         assert other.conforms(pattern) == coding.arbitrary(pattern, 1, 3, 2)
+        windows = coding.windows(pattern, 3)
+        assert either.conforms(pattern) == all(coding.bursty(w, 1, 2, 1) or coding.bursty(w, 3, 3, 2) for w in windows)
 
 
 @pytest.mark.parametrize(("B", "W", "lam"), PARAMETERS)
