@@ -136,7 +136,7 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, len(results), figsize=(4.2 * len(results), 3.8), squeeze=False)
     for axis, result in zip(axes[0], results):
@@ -150,6 +150,10 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
             mean, std = spread([took / jobs for took in own["runtimes_s"]])
             axis.errorbar(own["load"], mean, std, marker="D", color=colour, capsize=3, label=kind)
         axis.set_xscale("log")
+        axis.set_xticks([0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5], minor=False)
+        axis.set_xlim(0.7 / result["workers"], 0.7)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
         axis.set_title(f"{result['workers']} workers")
         axis.set_xlabel("load (share of a gradient a round)")
         axis.grid(alpha=0.3)

@@ -16,7 +16,7 @@ from clients.local.training import Fit, Work
 from clients.pool import Pool, available
 from clients.worker import Scores, Worker
 
-HELD = 4  # changes of the base that workers keep at a time: versions that outstanding work starts from
+HELD = 4  # changes of the base that workers keep between calls
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Trainer:
         self._held: OrderedDict[int, Change] = OrderedDict()  # changes of the base that the workers hold
         self._number = 0
 
-    def _base(self, change: Change) -> int:
-        """The number under which the workers hold ``change``; known by its identity, and kept for the last few."""
+    def _base(self, change: Change, most: int = HELD) -> int:
+        """The number under which the workers hold ``change``; known by its identity, and kept for the last ``most``."""
         if not change:
             return 0
         for number, held in self._held.items():
@@ -86,7 +86,7 @@ class Trainer:
                 return number
         self._number += 1
         self._held[self._number] = change
-        forget = self._held.popitem(last=False)[0] if len(self._held) > HELD else None
+        forget = [self._held.popitem(last=False)[0] for _ in range(len(self._held) - most)]
         if self.pool is not None:
             self.pool.everywhere("hold", (self._number, change, forget))
         else:
@@ -105,7 +105,9 @@ class Trainer:
     def train(self, works: Sequence[Work]) -> list[Fit]:
         """The results of the jobs, in their order; `on_cohort` is told of each cohort as it ends."""
         lengths = np.asarray(self.worker.sets["train"].lengths)
-        works = [replace(w, base=w.base if isinstance(w.base, int) else self._base(w.base)) for w in works]
+        # All that this call needs are held at a time: outstanding work may start from many versions.
+        most = max(HELD, len({id(w.base) for w in works}))
+        works = [replace(w, base=w.base if isinstance(w.base, int) else self._base(w.base, most)) for w in works]
         groups = cohorts(works, lengths, self.plan.cohort_size, self.plan.workers)
         results = self._run([("fit", ([works[i] for i in group],)) for group in groups], self.on_cohort)
         out: list[Fit | None] = [None] * len(works)

@@ -48,10 +48,11 @@ class Worker:
         self.bases: dict[int, Change] = {0: {}}
         self._loaded = 0
 
-    def hold(self, number: int, change: Change, forget: int | None = None) -> None:
-        """Keep ``change`` of the base under ``number`` (0 is no change), in place of the one numbered ``forget``."""
+    def hold(self, number: int, change: Change, forget: Sequence[int] = ()) -> None:
+        """Keep ``change`` of the base under ``number`` (0 is no change), in place of those numbered ``forget``."""
         self.bases[number] = change
-        self.bases.pop(forget, None)  # type: ignore[arg-type]
+        for old in forget:
+            self.bases.pop(old, None)
 
     def _use(self, base: int) -> None:
         if base != self._loaded:

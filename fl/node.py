@@ -134,8 +134,8 @@ class Node:
             memory = kept.before if kept.round == request.round else kept.after
         start = self._whole(state, request.client, train)
         groups = None if len(self.space.columns(train)) == self.space.layout.size else train
-        # Beside what does not train, jobs are alike if that is of one version and of clients with one rank.
-        shared = () if groups is None else (request.version, self.space.kind(request.client))
+        # Beside what does not train, jobs are alike if that is the same, whatever the version, for clients of one rank.
+        shared = () if groups is None else (self._frozen(start, train), self.space.kind(request.client))
         examples = self.data.parts[request.client]
         # Two requests that differ in anything the gradients depend on are two jobs, with noise of their own.
         content = hashlib.sha256(start.data)
@@ -145,6 +145,12 @@ class Node:
         batches = self.local.batches(self.seed, request.client, request.round, examples) if job is None else job.batches
         private = None if job is None else job.private
         return Work(request.client, request.round, start, batches, lr, memory, groups, base, shared, private)
+
+    def _frozen(self, start: np.ndarray, train: tuple[str, ...]) -> int:
+        """A number that names what of ``start`` does not train."""
+        still = np.ones(len(start), bool)
+        still[self.space.columns(train)] = False
+        return int.from_bytes(hashlib.sha256(start[still].tobytes()).digest()[:8], "little")
 
     def _reply(self, request: TrainRequest, work: Work, fit: Fit, message: Message) -> Message | None:
         log = log_of(self.guard)

@@ -30,7 +30,7 @@ SHORTEST_S, LONGEST_S, GROWTH = 0.01, 1.0, 1.5  # pauses between looks for repli
 NODES_S = 5.0  # between looks at which nodes are connected
 TIMED_OUT = "it gave no answer in network.timeout_s"
 GONE = "its node is gone"
-UNSENT = "its message could not be sent"
+UNSENT = "its message could not be sent, or its node is gone"
 monotonic, sleep = time.monotonic, time.sleep
 
 Heard = Callable[[int, Message], bool]  # is given a client and its reply; true: no more are needed
@@ -71,10 +71,15 @@ class WallFleet(Fleet):
     # Messages
 
     def push(self, grid: Grid, messages: Sequence[Message]) -> list[str | None]:
-        """Send ``messages``; the id of each, None where it could not be sent."""
-        ids: list[str | None] = [i or None for i in grid.push_messages(messages)]
+        """Send ``messages`` to the nodes that are connected; the id of each, None where it could not be sent."""
         self._pause_s = SHORTEST_S
-        return ids if len(ids) == len(messages) else [None] * len(messages)  # Flower's answer to a payload too large
+        nodes = set(grid.get_node_ids())
+        there = [m for m in messages if m.metadata.dst_node_id in nodes]
+        ids = list(grid.push_messages(there)) if there else []
+        if len(ids) != len(there):
+            ids = [""] * len(there)  # Flower's answer to a payload that is too large
+        sent = iter(ids)
+        return [next(sent) or None if m.metadata.dst_node_id in nodes else None for m in messages]
 
     def look(self, grid: Grid, ids: Collection[str]) -> list[tuple[str, Message]]:
         """The replies to the messages ``ids`` that are here, the first to each."""

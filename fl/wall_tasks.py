@@ -38,7 +38,7 @@ class WallTasks(Tasks):
         return self.wall.now(self.world.clock)
 
     def wait(self, end: int | None) -> int | None:
-        """Send what was given out, and wait for a reply or a planned event; a tick after ``end`` if nothing comes by it.
+        """Send what was given out, and wait for a reply or a planned event; beyond ``end``: nothing comes by it.
 
         None: nothing is on its way and nothing is planned.
         """

@@ -135,8 +135,10 @@ class Asynchronous(Schedule):
                 reason = world.guard.stopped()
                 if reason is None:
                     self._give(world, tasks)
-                    head = tasks.wait(end)
-                if head is None or reason is not None:
+                # Work that is on its way is used to the end: it may be computed, and what it cost is spent.
+                coming = bool(tasks.out) or (self.period is not None and bool(tasks.arrived))
+                head = tasks.wait(end) if reason is None or coming else None
+                if head is None:
                     reason = reason or "no client takes part any more"
                     tasks.arrived.clear()  # no step will use it
                     yield {

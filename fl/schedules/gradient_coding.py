@@ -31,6 +31,7 @@ from fl.coding.schemes import GC, MSGC, SRSGC, Scheme
 from fl.coding.wait import WAITING
 from fl.config import setting
 from fl.errors import ConfigError, ShoalError
+from fl.network import WallClock
 from fl.sampling import Fixed
 from fl.schedules.base import Event, Schedule, World
 from privacy.none import NoPrivacy
@@ -92,6 +93,8 @@ class GradientCoding(Schedule):
         need("data.client_test_fraction", fraction, fraction == 0, "0: all workers hold the same samples")
         plain = isinstance(s.sampling, Fixed) and not s.sampling.over_selection
         need("sampling", s.sampling, plain, "fixed with over_selection=0: all workers work in every round")
+        planned = not isinstance(s.network, WallClock)
+        need("network", s.network, planned, "a model of time: rounds end by times that are planned,")
         few = s.clients.per_round
         need("clients.per_round", few, few in (None, s.clients.number), "null: all workers work in every round")
         need("aggregator", s.aggregator, type(s.aggregator) is FedAvg, "fedavg: there is one gradient, and no mean")

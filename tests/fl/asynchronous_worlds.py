@@ -1,4 +1,4 @@
-"""Worlds for tests of the asynchronous schedules: clients that are functions, behind a grid that counts what is pushed."""
+"""Worlds for tests of the asynchronous schedules: clients that are functions, behind a grid that counts pushes."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ class Clients:
     @staticmethod
     def _message(said: TrainReply | Error, answered: str) -> Message:
         metadata = Metadata(1, f"r{answered}", 1, 0, answered, "", 0.0, 60.0, "train")
-        return make_message(metadata, error=said) if isinstance(said, Error) else make_message(metadata, said.to_record())
+        return (
+            make_message(metadata, error=said) if isinstance(said, Error) else make_message(metadata, said.to_record())
+        )
 
 
 class Exact(Validator):

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import itertools
 import json
 import math
 import weakref
@@ -53,7 +54,9 @@ def flat(value):
 
 
 DT = SLOWEST // 2
-Q = {name: twin.contributions(name, DURATIONS, size) for name, size in (("fedasync", 1), ("fedbuff", 4), ("fedfix", DT))}
+Q = {
+    name: twin.contributions(name, DURATIONS, size) for name, size in (("fedasync", 1), ("fedbuff", 4), ("fedfix", DT))
+}
 OBSERVED = {"weights": "unbiased", "rates": "observed"}
 CASES = {
     "fedasync mix": (FedAsync(rounds=60, alpha=0.6), SQRT, flat(0.6), {"buffer": 1, "mix": True, "factor": s_of(0.5)}),
@@ -61,7 +64,8 @@ CASES = {
         FedAsync(rounds=60, mode="delta", alpha=0.3), PLAIN, flat(0.3), {"buffer": 1},
     ),
     "fedasync unbiased": (
-        FedAsync(rounds=60, mode="delta", alpha=0.1, weights="unbiased"), PLAIN, share(Q["fedasync"], 0.1), {"buffer": 1},
+        FedAsync(rounds=60, mode="delta", alpha=0.1, weights="unbiased"), PLAIN, share(Q["fedasync"], 0.1),
+        {"buffer": 1},
     ),
     "fedasync unbiased mix": (
         FedAsync(rounds=60, alpha=0.1, weights="unbiased"), SQRT, share(Q["fedasync"], 0.1),
@@ -111,7 +115,7 @@ def test_a_client_s_jobs_are_numbered_and_all_that_is_said_of_them_fits():
     for client in range(M):
         mine = [e for e in played.arrivals if e["client"] == client]
         assert [e["round"] for e in mine] == list(range(1, len(mine) + 1))
-        for before, after in zip(mine, mine[1:]):  # a place that becomes free is filled at once
+        for before, after in itertools.pairwise(mine):  # a place that becomes free is filled at once
             assert after["sent_s"] == before["virtual_s"]
         for e in mine:
             assert e["sent_s"] == e["began_s"] <= e["done_s"] == e["virtual_s"]
@@ -192,9 +196,10 @@ def test_with_a_short_tick_fedfix_tends_to_fedasync():
     speed = sum(1 / t for t in DURATIONS)
     for weights, alpha in (("identical", 1 / M), ("unbiased", 1.0)):
 
-        def run(schedule, lr=1.0):
+        def run(schedule, lr=1.0, weights=weights):
             given = {"network": F80, "sizes": SIZES, "aggregator": PLAIN, "optimizer": SGD(lr=lr), "exact": True}
-            return play(replace(schedule, rounds=10**6, until_s=until / 1e6, weights=weights), world(problem.update, M, **given))
+            timed = replace(schedule, rounds=10**6, until_s=until / 1e6, weights=weights)
+            return play(timed, world(problem.update, M, **given))
 
         each = run(FedAsync(mode="delta", alpha=alpha)).states[-1]
         gaps = []
@@ -304,19 +309,18 @@ def test_identical_weights_minimise_the_surrogate_and_unbiased_ones_the_objectiv
     def gap(weights, where):
         return float(np.linalg.norm(ends[weights] - where))
 
-    print({k: (gap(k, best), gap(k, surrogate)) for k in ends}, np.linalg.norm(best - surrogate))
-    assert np.linalg.norm(best - surrogate) > 0.3
-    assert gap("identical", surrogate) < 0.01
-    assert gap("unbiased", best) < 0.01
-    assert gap("identical", best) > 0.3
-    assert gap("unbiased", surrogate) > 0.3
+    assert np.linalg.norm(best - surrogate) > 0.8
+    assert gap("identical", surrogate) < 0.02
+    assert gap("unbiased", best) < 0.02
+    assert gap("identical", best) > 0.8
+    assert gap("unbiased", surrogate) > 0.8
 
 
 # Time
 
 
 def test_ticks_are_whole_numbers():
-    """A client that takes a tick and ticks of 0.01 s: 60 contributions in 60 ticks. Sums of floats miss some of them."""
+    """A client that takes a tick and ticks of 0.01 s: 60 contributions in 60 ticks. Floats miss some of them."""
     network = Uniform(seconds_per_step=0.01 / STEPS, **BARE)
     played = play(FedFix(rounds=60, tick_s=0.01), world(drift(), 1, network=network))
     assert [e["accepted"] for e in played.steps] == [1] * 60
@@ -325,7 +329,7 @@ def test_ticks_are_whole_numbers():
     for k in range(1, 61):  # as it would be in floats: done at begun + T, heard at the first k dt that is not before
         if begun + 0.01 <= k * 0.01:
             begun, heard = k * 0.01, heard + 1
-    assert heard < 60
+    assert heard == 50
 
 
 def test_every_pair_of_a_tick_and_a_duration_on_a_grid_contributes_at_every_ceil():
@@ -347,9 +351,9 @@ def test_what_arrives_at_a_tick_counts_in_it_and_what_arrives_after_it_does_not(
 
 def test_the_run_ends_at_its_time():
     w = world(drift(), M, network=F80)
-    played = play(FedBuff(rounds=10**6, buffer=5, until_s=2.5 * T), w)
-    assert w.clock.now == 2.5 * SLOWEST
-    expected = sum(int(2.5 * SLOWEST) // t for t in DURATIONS)
+    played = play(FedBuff(rounds=10**6, buffer=5, until_s=2 * T), w)
+    assert w.clock.now == 2 * SLOWEST
+    expected = sum(2 * SLOWEST // t for t in DURATIONS)  # with what arrives in the last tick
     assert len(played.arrivals) == expected
     assert len(played.steps) == expected // 5
     assert expected % 5  # some wait in the buffer, and a checkpoint of the end can be made all the same
@@ -370,7 +374,9 @@ def test_the_learning_rate_follows_the_time_where_that_ends_the_run():
 
 def test_equal_seeds_give_the_same_log_and_others_another():
     def log(seed):
-        network = Lognormal(seconds_per_step=1e-3, dropout=0.2, rejoin_s=0.01, availability=0.8, availability_period_s=0.05)
+        network = Lognormal(
+            seconds_per_step=1e-3, dropout=0.2, rejoin_s=0.01, availability=0.8, availability_period_s=0.05
+        )
         w = world(drift(), M, network=network, seed=seed, per_round=6)
         played = play(FedBuff(rounds=20, buffer=3), w)
         text = json.dumps([played.arrivals, played.steps, w.server.vector.tolist()])
@@ -384,10 +390,12 @@ def test_equal_seeds_give_the_same_log_and_others_another():
 
 QUEUES = {
     "bare": F80,
-    "queues": Lognormal(seconds_per_step=0.02, latency_s=0.001, down_mbps=0.3, up_mbps=0.2, server_down_mbps=2.0, server_up_mbps=1.5),
+    "queues": Lognormal(
+        seconds_per_step=0.02, latency_s=0.001, down_mbps=0.3, up_mbps=0.2, server_down_mbps=2.0, server_up_mbps=1.5,
+    ),
     "lossy": Lognormal(
-        seconds_per_step=0.02, latency_s=0.02, down_mbps=0.05, up_mbps=0.02, server_up_mbps=0.2, dropout=0.4, rejoin_s=0.1,
-        availability=0.7, availability_period_s=1.0, on_leave="lose",
+        seconds_per_step=0.02, latency_s=0.02, down_mbps=0.05, up_mbps=0.02, server_up_mbps=0.2, dropout=0.4,
+        rejoin_s=0.1, availability=0.7, availability_period_s=1.0, on_leave="lose",
     ),
 }  # fmt: skip
 SCHEDULES = {
@@ -438,7 +446,9 @@ def test_work_that_is_lost_is_never_computed(schedule):
 
 
 @pytest.mark.parametrize(
-    "schedule", [FedAsync(rounds=600), FedBuff(rounds=60, buffer=10), FedFix(rounds=40, tick_s=250e-6)], ids=["a", "b", "f"]
+    "schedule",
+    [FedAsync(rounds=600), FedBuff(rounds=60, buffer=10), FedFix(rounds=40, tick_s=250e-6)],
+    ids=["a", "b", "f"],
 )
 def test_the_grid_sees_few_large_pushes(schedule):
     """All that is outstanding is computed when the first of it is due, so between two pushes lies at least the fastest
@@ -466,7 +476,9 @@ def test_jobs_of_several_versions_are_computed_together():
 # Memory
 
 
-@pytest.mark.parametrize("schedule", [FedAsync(rounds=300), FedBuff(rounds=60, buffer=3), FedFix(rounds=60, tick_s=110e-6)])
+@pytest.mark.parametrize(
+    "schedule", [FedAsync(rounds=300), FedBuff(rounds=60, buffer=3), FedFix(rounds=60, tick_s=110e-6)]
+)
 def test_only_live_versions_are_kept(schedule):
     """At most one for each client: whoever is at work on an old version, and the present one."""
     made, kept = [], []
@@ -493,7 +505,7 @@ def test_only_live_versions_are_kept(schedule):
             w.grid.requests.clear()
     gc.collect()
     alive = sum(r() is not None for r in references)
-    assert alive <= M + 1 < len({e for e in range(w.server.version)})
+    assert alive <= M + 1 < w.server.version
     assert max(kept) > 3
 
 
@@ -598,7 +610,7 @@ def test_a_client_with_a_spent_budget_takes_part_no_more():
     played = play(FedAsync(rounds=120), world(drift(), M, network=F80, fault=fault))
     jobs = Counter(e["client"] for e in played.arrivals)
     assert jobs.pop(9) == 120 - 18
-    assert jobs == {c: 3 for c in range(9)}
+    assert jobs == dict.fromkeys(range(9), 3)
     assert sum(e["reason"] == "budget" for e in played.arrivals) == 9
     # With nobody left the run says so and ends.
     played = play(FedAsync(rounds=120), world(drift(), M, network=F80, fault=lambda r: spent if r.round > 2 else None))
@@ -645,7 +657,7 @@ def test_a_client_begins_as_soon_as_it_is_there(tmp_path):
     path = tmp_path / "devices.csv"
     path.write_text(WINDOWS + "0,0.002,0,,,1,9\n1,0.002,0,,,0,0.01\n1,0.002,0,,,0.5,9\n")
     played = play(FedAsync(rounds=300), world(drift(), 2, network=Trace(path=str(path))))
-    first = [e for e in played.arrivals if e["client"] == 0][0]
+    first = next(e for e in played.arrivals if e["client"] == 0)
     assert first["sent_s"] == 1.0
     back = [e["sent_s"] for e in played.arrivals if e["client"] == 1 and e["sent_s"] > 0]
     assert back[0] == 0.5
@@ -697,7 +709,9 @@ def test_fedfix_goes_on_where_nobody_is_there():
 def test_rates_from_the_model_need_clients_that_work_all_the_time(network, per_round):
     for schedule in (FedAsync(weights="unbiased"), FedBuff(weights="unbiased"), FedFix(tick_s=0.1)):
         w = world(drift(), M, network=network, per_round=per_round)
-        with pytest.raises(ConfigError, match=r"schedule\.rates=.*observed, unless all clients are at work all the time"):
+        with pytest.raises(
+            ConfigError, match=r"schedule\.rates=.*observed, unless all clients are at work all the time"
+        ):
             play(schedule, w)
         if isinstance(network, Instant):
             continue

@@ -110,6 +110,8 @@ def test_times_that_no_float_holds_exactly_are_read_at_the_right_evaluation():
     assert (stretch.spacing, stretch.changes) == (100_000, 30)
     changes = [0.1, -0.1] * 15
     assert fluctuation(run, stretch) == pytest.approx(statistics.stdev(changes), rel=1e-9)
+    # 249e-6 * 1e6 is a little below 249
+    assert common_stretch([evaluated((0, 0.1), (249 / 1e6, 0.2))]).end == 249
 
 
 # ----------------------------------------------------------------------------------------------------------------- work

@@ -203,6 +203,7 @@ def test_mean_and_deviation_share_a_unit():
     assert spread("bytes_up", 14_900_000, 200_000) == "14.9 ± 0.2 MB"
     assert spread("wall_s", 200.0, 30.0) == "3.33 ± 0.50 min"
     assert spread("loss", 0.5, 0.0) == "0.500 ± 0"
+    assert spread("virtual_s", 11.478945, 2.2e-15) == "11.5 ± 0 s"
     assert spread("loss", 0.5, None) == write("loss", 0.5) == "0.500"
     assert spread("loss", None, None) == "—"
 

@@ -171,6 +171,12 @@ def test_text_keeps_its_width_and_counts_versions_that_fall_together(runs):
         assert sum(map(int, marks)) == len(view(runs["fedasync"]).versions)
 
 
+def test_what_lasts_for_less_than_half_a_character_is_not_shown():
+    jobs = [event(0, 0, 0, 0.2, 0.2), event(0, 1, 1, 1.3, 1.3), event(1, 0, 0, 10, 10)]
+    run = Run(Path("x"), {}, clients=jobs, rounds=[{"version": 1, "virtual_s": 10.0}])
+    assert "client 0 ..=.................   5 %" in timeline_text(run, 35)
+
+
 def test_jobs_that_follow_one_another_at_once_are_told_apart():
     jobs = [event(0, 2.0 * k, 2.0 * k, 2.0 * k + 2, 2.0 * k + 2) for k in range(5)]
     run = Run(Path("x"), {}, clients=jobs, rounds=[{"version": 1, "virtual_s": 10.0}])
