@@ -1,7 +1,7 @@
 """(n, s) gradient codes: a sum over n chunks from the answers of any n - s of n workers.
 
 Worker i holds s + 1 of the chunks and answers ``l_i = sum_j B_ij g_j``. For survivors I the decoder solves
-``B_I^T a = 1``, and then ``sum_{i in I} a_i l_i = sum_j g_j`` (Tandon et al., arXiv 1612.03301, section 3).
+``B_I^T a = 1``, and then ``sum_{i in I} a_i l_i = sum_j g_j`` (Tandon et al., arXiv 1612.03301).
 
 Weights of a cyclic code reach 10^5, so answers are encoded and decoded in float64: float32 would lose that many digits.
 """
@@ -59,7 +59,7 @@ class Code(ABC):
 
 
 class Cyclic(Code):
-    """Worker i holds chunks i .. i + s (mod n), for any s (Tandon et al., algorithm 2).
+    """Worker i holds chunks i .. i + s (mod n), for any s (cyclic repetition).
 
     ``H`` ``(s, n)`` is Gaussian with rows that sum to 0, drawn from the key (seed, "gradient code", n, s). Row i of B
     is the one direction of its support with ``H B_i = 0``, scaled to length 1: so all rows lie in the null space of H,
@@ -90,7 +90,7 @@ class Cyclic(Code):
 
 
 class Fractional(Code):
-    """Groups of s + 1 workers that all hold the group's s + 1 chunks; every weight is 1 (Tandon et al., section 3.1).
+    """Groups of s + 1 workers that all hold the group's s + 1 chunks; every weight is 1 (fractional repetition).
 
     One answer of each group is summed, so decoding is exact. Raises `ShoalError` unless s + 1 divides n.
     """

@@ -13,7 +13,7 @@ M-SGC     (l + 1) (W-1+B) / (n (B + (W-1)(l+1))) W - 2 + B   in any W - 1 + B ro
                                                              (B, W - 1 + B, l)-arbitrary
 ========= ====================================== =========== =======================================================
 
-Krishnan, Ebrahimi, Khisti, arXiv 2211.13802, algorithms 1 and 2. A scheme keeps a bit for each worker, part and job of
+Krishnan, Ebrahimi, Khisti, arXiv 2211.13802. A scheme keeps a bit for each worker, part and job of
 the last T + 1: nothing grows with the number of rounds.
 """
 

@@ -2,7 +2,7 @@
 
 A pattern is ``(rounds, n)`` bool, True where a worker's answer is not used. A model is a condition on every window of W
 consecutive rounds (of all rounds, where there are fewer), so a pattern can be checked a round at a time, from its last
-W - 1 rounds. Krishnan et al., arXiv 2211.13802, section 2.
+W - 1 rounds. Krishnan et al., arXiv 2211.13802.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """When the master ends a round: at ``1 + mu`` times its fastest answer, or later where that breaks the assumed pattern.
 
-Krishnan et al., arXiv 2211.13802, section 2 and remark on waiting: who has not answered by ``(1 + mu) min_i t_i`` is a
+Krishnan et al., arXiv 2211.13802: who has not answered by ``(1 + mu) min_i t_i`` is a
 straggler of the round. If the pattern of stragglers would no longer conform to the model that the scheme is built
 for, the master waits ``longer``, for one more answer after the other until it conforms, or for ``all`` (the authors'
 program). So the model is never broken, at a cost in time, unless an answer is lost for good.

@@ -10,11 +10,11 @@ from flwr.common.constant import ErrorCode
 from fl.errors import ConfigError
 from fl.network import Instant, WallClock
 from fl.sampling import Available, Fixed
-from fl.secure import Plain
 from fl.schedules.fedasync import FedAsync
 from fl.schedules.fedbuff import FedBuff
 from fl.schedules.fedfix import FedFix
 from fl.schedules.synchronous import Synchronous
+from fl.secure import Plain
 from fl.trace import Device
 from fl.validation import Reason
 from privacy.base import Guard, Statement
@@ -236,6 +236,16 @@ def test_who_never_answers_is_asked_again_after_the_timeout(deployment):
     assert given[:2] == pytest.approx([0.0, 8.0], abs=0.1)
 
 
+def test_what_was_lost_and_comes_after_all_is_dropped(deployment):
+    ready(deployment, 0, seconds=SECONDS[:2])
+    deployment.add(0, late_once)
+    w = world_of(deployment, 2, network=WallClock(timeout_s=6.0, rejoin_s=2.0))
+    played = play(FedAsync(rounds=20), w)
+    mine = [(e["round"], e["reason"]) for e in played.arrivals if e["client"] == 0]
+    assert mine[:2] == [(1, "error"), (2, None)]
+    assert "m1-0" in deployment.pulled and not deployment.replies
+
+
 def test_without_a_deadline_a_synchronous_round_ends_at_the_timeout(deployment):
     ready(deployment, 0)
     deployment.add(0, 1.0, silent)
@@ -323,6 +333,14 @@ def test_a_round_goes_on_without_a_node_that_is_gone(deployment):
     assert mine[-1] == (16, None)
     asked = {c for t, jobs in deployment.pushes for c, *_ in jobs if 6.0 < t < 9.0}
     assert asked == {0, 1, 3}  # in the meantime it is not asked
+
+
+def test_a_round_of_all_waits_until_a_lost_node_can_be_asked_again(deployment):
+    ready(deployment, 2)
+    deployment.add(2, 0.1, lambda reply: [Error(ErrorCode.NODE_UNAVAILABLE, "gone")] if reply.round == 1 else [reply])
+    played = play(Synchronous(rounds=2), world_of(deployment, network=WallClock(rejoin_s=4.0)))
+    assert [t for t, _ in deployment.pushes] == pytest.approx([0.0, 4.1], abs=0.05)
+    assert [e["accepted"] for e in played.steps] == [3, 4]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -1,9 +1,9 @@
-"""Every partition: disjoint, whole, no client too small, the same for the same key; and what each is for."""
+"""Every partition: disjoint (but one), whole, no client too small, the same for the same key; and what each is for."""
 
 import numpy as np
 import pytest
 
-from clients.data.partition import Dirichlet, Iid, Natural, Quantity, Shards, fill_up
+from clients.data.partition import Dirichlet, Iid, Natural, Quantity, Replicated, Shards, fill_up
 from fl.errors import ConfigError
 from fl.keys import generator
 
@@ -146,3 +146,16 @@ def test_too_many_clients_is_an_error_with_the_numbers(partition):
 def test_what_cannot_be_is_refused_with_the_reason(partition, clients, labels, groups, text):
     with pytest.raises(ConfigError, match=text):
         split(partition, clients, labels=labels, groups=groups)
+
+
+def test_replicated_gives_everybody_everything():
+    parts = split(Replicated(), 3)
+    assert len(parts) == 3
+    assert all(np.array_equal(p, np.arange(600)) for p in parts)
+
+
+def test_replicated_needs_a_number_and_enough_samples():
+    with pytest.raises(ConfigError, match="needs a number"):
+        split(Replicated(), None)
+    with pytest.raises(ConfigError, match="at most the 600 samples"):
+        split(Replicated(min_size=601), 3)

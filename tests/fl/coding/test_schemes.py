@@ -178,7 +178,9 @@ def test_assign_changes_nothing_and_the_state_comes_back():
             first = [[(t.job, t.part) for t in tasks] for tasks in one.assign(round)]
             assert first == [[(t.job, t.part) for t in tasks] for tasks in one.assign(round)]
             assert first == [[(t.job, t.part) for t in tasks] for tasks in two.assign(round)]
+            held, before = dict(one.got), {job: bits.copy() for job, bits in one.got.items()}
             one.done(round, ~late)
+            assert all((held[job] == bits).all() for job, bits in before.items())  # arrays are replaced, not changed
             two.done(round, ~late)
             due = round - one.delay
             assert due < 1 or one.decode(due) == two.decode(due)

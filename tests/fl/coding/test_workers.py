@@ -124,7 +124,9 @@ def test_a_chunk_larger_than_a_pass_is_several(monkeypatch):
     whole = TRAINER.gradients
     monkeypatch.setattr(TRAINER, "gradients", lambda made: calls.extend(made) or whole(made))
     [reply] = of.answer([_request(0, _task(4, [3]))])
-    assert [[len(s) for s in call[1]] for call in calls] == [[1, 1, 1], [1, 1]]
+    assert [[s.tolist() for s in examples] for _, examples, _ in calls] == [[[10], [11], [12]], [[13], [14]]]
+    # Dropout masks are named by the seed, the job and the sample.
+    assert [key for *_, keys in calls for key in keys] == [(7, "chunk", 4, sample) for sample in range(10, 15)]
     true = _sum(10, 15, 4)
     assert np.abs(reply.arrays["coded/0"] - true).max() < 1e-6 * np.abs(true).max()
 
