@@ -84,7 +84,7 @@ class Worker:
             return self.local.fit(self.cohort, mine, make_batch)
 
     def gradients(self, start: np.ndarray, examples: Sequence[np.ndarray], keys: list) -> tuple[np.ndarray, np.ndarray]:
-        """Mean losses ``(S,)`` and their gradients ``(S, n)``, float64, of S sets of ``examples`` at one state ``(d,)``.
+        """Mean losses ``(S,)`` and gradients ``(S, n)``, float64, of S sets of ``examples`` at one state ``(d,)``.
 
         ``n`` are the columns that train in the first round; ``keys`` name the sets' dropout masks.
         """

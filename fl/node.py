@@ -90,10 +90,10 @@ class Node:
                 request = TrainRequest.from_record(message.content)
                 works.append(self._work(request))
                 requests.append((message, request))
-            except MalformedMessage as error:
-                replies.append(_error(str(error), message))
             except BudgetSpent as error:
                 replies.append(_error(f"{BUDGET}: {error}", message))
+            except ShoalError as error:  # malformed, or a job from before the newest that comes again
+                replies.append(_error(str(error), message))
         for (message, request), work, fit in zip(requests, works, self.trainer.train(works), strict=True):
             reply = self._reply(request, work, fit, message)
             replies += [] if reply is None else [reply]

@@ -132,10 +132,13 @@ class RunFolder:
         self._metrics.flush()
 
     def offset(self) -> int:
-        """The length of metrics.jsonl in bytes, once they are on the disk: what a checkpoint keeps for `truncate`."""
+        """The length of metrics.jsonl in bytes: what a checkpoint keeps for `truncate`, once `flush` has returned."""
+        return self._metrics.tell()
+
+    def flush(self) -> None:
+        """Wait until metrics.jsonl is on the disk: a checkpoint must not be there before the lines that it counts."""
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
-        return self._metrics.tell()
 
     def truncate(self, offset: int) -> None:
         """Cut metrics.jsonl back to ``offset`` bytes. Raises `ShoalError` if it is shorter: lines would be missing."""
@@ -152,7 +155,7 @@ class RunFolder:
     def close(self) -> None:
         """Flush metrics.jsonl to the disk and close it."""
         if not self._metrics.closed:
-            self.offset()
+            self.flush()
             self._metrics.close()
 
     def __enter__(self) -> RunFolder:

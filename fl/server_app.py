@@ -227,6 +227,7 @@ class Server:
     def _save(self) -> None:
         """Save the newest mark as the checkpoint, unless it is saved already."""
         if self._unsaved is not None:
+            self.folder.flush()
             checkpoint.save(self.folder.checkpoint, *self._unsaved)
             self._unsaved = None
 

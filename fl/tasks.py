@@ -180,6 +180,8 @@ class Tasks:
         del self.out[task.client]
         result, staleness = task.result, self.world.server.version - task.start.version
         assert result is not None
+        if isinstance(result, TrainReply):
+            self.world.downlink.heard(task.client, task.start.version)
         if isinstance(result, TrainReply) and task.given_up:
             result = Rejection(Reason.LATE, "the time for the job was over")
         if isinstance(result, TrainReply) and self.oldest is not None and staleness > self.oldest:
@@ -233,10 +235,17 @@ class Tasks:
         return self._up[size]
 
     def duration(self, client: int) -> int | None:
-        """Ticks that an undisturbed first job of ``client`` takes; None where that changes from job to job."""
-        world = self.world
+        """Ticks that an undisturbed job of ``client`` takes; None where that changes from job to job.
+
+        What trains is sent both ways: where clients keep what does not, it is not a first job's time.
+        """
+        world, space = self.world, self.world.server.space
         # Of the first round whenever it is asked for: a run that goes on shall find the same.
         request = world.train_request(client, 1, 1.0, world.server.replace(version=0), phase=1)
+        if world.downlink.keeps:
+            groups = space.trains(1)
+            extra = {"lr": 1.0, "sent": ",".join(groups), "train": ",".join(groups), "known": 0}
+            request = replace(request, state=space.take(world.server.vector, groups, client), extra=extra)
         steps = world.local.num_steps(world.sizes[client])
         return world.fleet.duration(client, steps, _timed_bytes(request), self._upload_bytes(request))
 
@@ -249,7 +258,6 @@ class Tasks:
         """
         assert not self.arrived
         arrays = {f"tasks/start/{v}": state.vector for v, state in self.versions.states.items()}
-        rounds = {str(v): state.round for v, state in self.versions.states.items()}
         rows: list[dict[str, Any]] = []
         contents: dict[int, str] = {}  # requests that share an array are kept once
         for task in self.out.values():
@@ -277,7 +285,6 @@ class Tasks:
             "retired": sorted(self.retired),
             "draws": self.draws,
             "wake": self.wake,
-            "rounds": rounds,
         }
         return arrays, meta
 
@@ -292,9 +299,7 @@ class Tasks:
         self.versions = Versions()
         for row in meta["out"]:
             client, job, version = row["client"], row["job"], row["version"]
-            start = world.server.replace(
-                vector=arrays[f"tasks/start/{version}"], version=version, round=meta["rounds"][str(version)]
-            )
+            start = world.server.replace(vector=arrays[f"tasks/start/{version}"], version=version)
             task = Task(**{n: row[n] for n in _KEPT}, start=self.versions.hold(start), request=None)
             if "request" in row:
                 sent = row["request"]

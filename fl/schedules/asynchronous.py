@@ -279,9 +279,9 @@ class Asynchronous(Schedule):
     def _check_hope(self, world: World, since: _Since, newest: Rejection) -> None:
         """Raise `RunStopped` where replies are rejected without end."""
         most = max(100, 10 * world.number)
-        if self.size is not None and sum(since.rejected.values()) >= most and not since.accepted:
+        if self.size is not None and since.futile.total() >= most:
             raise RunStopped(
-                f"The last {most} replies were all rejected: {dict(sorted(since.rejected.items()))} (the newest: "
+                f"The last {most} replies were all rejected: {dict(sorted(since.futile.items()))} (the newest: "
                 f"{newest.detail}). The state of the last server step is in the checkpoint: `shoal run --resume DIR` "
                 "goes on from there, with what was changed in DIR/config.yaml."
             )
@@ -293,6 +293,7 @@ class _Since:
     def __init__(self) -> None:
         self.totals: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
+        self.futile: Counter[str] = Counter()  # rejected since one was accepted
         self.losses: list[float] = []
         self.accepted = 0
 
@@ -302,8 +303,10 @@ class _Since:
             self.totals.update(client_steps=task.result.steps, tokens=task.result.tokens)
         if isinstance(taken, Rejection):
             self.rejected[taken.reason.value] += 1
+            self.futile[taken.reason.value] += 1
             return
         self.accepted += 1
+        self.futile.clear()
         self.losses += [] if taken.loss is None else [taken.loss]
 
     def close(self) -> dict[str, Any]:

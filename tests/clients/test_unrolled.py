@@ -24,7 +24,7 @@ from tests.oracles.models import FAMILIES, token_set
 ALGORITHMS = {
     "sgd": LocalTraining(steps=4, lr=0.3, batch_size=64, optimizer=SGD()),
     "prox, decay, clip": FedProx(
-        steps=4, lr=0.3, batch_size=64, optimizer=SGD(weight_decay=0.02), mu=0.3, clip_norm=0.5
+        steps=4, lr=0.3, batch_size=64, optimizer=SGD(weight_decay=0.02), mu=0.3, clip_norm=0.05
     ),
     "momentum": LocalTraining(steps=4, lr=0.3, batch_size=64, optimizer=SGD(momentum=0.9, nesterov=True)),
     "epochs": LocalTraining(epochs=3, lr=0.3, batch_size=64, optimizer=SGD()),

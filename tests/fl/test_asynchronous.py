@@ -681,6 +681,7 @@ def test_a_lost_client_is_back_after_its_time():
         assert e["reason"] == "error"
         assert 1.0 <= e["virtual_s"] - e["sent_s"] <= 1.0101
         assert (e["steps"], e["bytes_up"], e["loss"]) == (None, 0, None)
+        assert ticks(e["done_s"]) == ticks(e["virtual_s"]) - 10**6  # it was at work until then
 
 
 def test_fedfix_goes_on_where_nobody_is_there():
