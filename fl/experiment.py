@@ -20,7 +20,7 @@ from clients.adapters.initial.base import DataDriven
 from clients.behaviours.base import Behaviour
 from clients.cohort import Cohort
 from clients.data.federated import FederatedData, federate
-from clients.data.partition import Partition
+from clients.data.partition import Partition, Replicated
 from clients.data.source import Source
 from clients.data.tokens import TokenData
 from clients.local.private import Private
@@ -124,6 +124,9 @@ class Settings:
             allowed = f"synchronous with privacy={name}: its claim is about rounds in which a client has one update"
             way_out = "Use privacy=dp_sgd or privacy=local, whose claims are about each client's own jobs."
             raise ConfigError("schedule", type(settings.schedule).__name__, allowed, way_out)
+        if settings.privacy.unit is not None and isinstance(settings.partition, Replicated):
+            allowed = "one that deals samples out, with a privacy mechanism: what all hold is nobody's own"
+            raise ConfigError("partition", "Replicated", allowed, "Use privacy=none.")
         settings.privacy.check(settings)
         settings.local.check(settings.adapter)
         settings.saving.check(settings.adapter)

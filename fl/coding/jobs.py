@@ -245,5 +245,5 @@ def _start(world: World, index: int) -> ServerState:
     vector = server.vector.copy()
     for low, high in server.space.spans.values():
         part = vector[low:high].astype(np.float64)
-        vector[low:high] = part.mean() + part.std() * rng.standard_normal(high - low) if part.std() > 0 else part
+        vector[low:high] = part.mean() + part.std() * rng.standard_normal(high - low)
     return server.replace(vector=vector)

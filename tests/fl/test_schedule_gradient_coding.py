@@ -118,6 +118,19 @@ def test_what_a_round_says(tmp_path):
     assert times == sorted(times)
 
 
+def test_only_the_results_of_open_jobs_are_kept(tmp_path, monkeypatch):
+    kept, whole = [], jobs.Jobs.step
+
+    def step(self, job):
+        event = whole(self, job)
+        kept.append({result[0] for result in self.results})
+        return event
+
+    monkeypatch.setattr(jobs.Jobs, "step", step)
+    go(tmp_path / "run", *CODED, *SCHEMES["m_sgc"], "schedule.rounds=4")
+    assert kept == [{2}, {3}, {4}, set()]
+
+
 def test_a_job_that_cannot_be_decoded_is_said_and_takes_no_step(tmp_path):
     go(tmp_path / "run", *CODED, *SCHEMES["uncoded"], "schedule.rounds=6", "network.dropout=0.05")
     found = rounds(tmp_path / "run")
