@@ -19,7 +19,7 @@ import numpy as np
 from flwr.app import Message
 
 from fl.clock import EventQueue, Priority, ticks
-from fl.messages import TrainReply, TrainRequest, payload_bytes
+from fl.messages import Scalar, TrainReply, TrainRequest, payload_bytes
 from fl.schedules.base import Parts, World
 from fl.state import ServerState, Update
 from fl.validation import Reason, Rejection
@@ -244,7 +244,7 @@ class Tasks:
         request = world.train_request(client, 1, 1.0, world.server.replace(version=0), phase=1)
         if world.downlink.keeps:
             groups = space.trains(1)
-            extra = {"lr": 1.0, "sent": ",".join(groups), "train": ",".join(groups), "known": 0}
+            extra: dict[str, Scalar] = {"lr": 1.0, "sent": ",".join(groups), "train": ",".join(groups), "known": 0}
             request = replace(request, state=space.take(world.server.vector, groups, client), extra=extra)
         steps = world.local.num_steps(world.sizes[client])
         return world.fleet.duration(client, steps, _timed_bytes(request), self._upload_bytes(request))

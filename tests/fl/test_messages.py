@@ -89,7 +89,9 @@ def test_the_size_of_named_arrays_is_counted():
         assert payload_bytes(record) == len(recorddict_to_proto(record).SerializeToString())
 
 
-@pytest.mark.parametrize("bad", [np.zeros(3, np.float16), np.zeros((2, 2), np.uint8), np.zeros(3, np.int32), np.array(["a"])])
+@pytest.mark.parametrize(
+    "bad", [np.zeros(3, np.float16), np.zeros((2, 2), np.uint8), np.zeros(3, np.int32), np.array(["a"])]
+)
 def test_arrays_of_other_kinds_are_not_sent(bad):
     with pytest.raises(TypeError, match="array x must be 1-d of float32"):
         reply(arrays={"x": bad}).to_record()
