@@ -190,6 +190,22 @@ def test_a_client_s_second_update_of_a_step_is_measured_against_its_first():
     assert made.pairs == [(4 * 0.5, 4 * (5 - 2) / 2)]
 
 
+def test_the_stale_error_is_that_of_the_client_s_last_update_though_it_was_young():
+    made = treatment(Linear(error=0.5), min_staleness=3)
+    made.apply(server(5), [update(0, 1)])
+    young = update(0, 5)
+    assert made.apply(server(6), [young]) == [young]
+    made.apply(server(9), [update(0, 6)])
+    assert made.pairs == [(4 * 0.5, 4 * (5 - 1) / 2), (4 * 0.5, 4 * (6 - 5) / 2)]
+
+
+def test_a_run_that_goes_on_knows_that_inversion_has_ended():
+    made, other = treatment(Linear(error=9.0), window=1), treatment(Linear(error=9.0), window=1)
+    stopped, _ = steps_until_the_switch(made)
+    other.restore(*made.parts())
+    assert stopped == 6 == other.stopped and other.share(40) == 0
+
+
 def test_a_checkpoint_keeps_what_matters_bit_for_bit(tmp_path):
     made, other = (treatment(Linear(error=0.3), window=4) for _ in range(2))
     for version in (4, 7):
