@@ -55,7 +55,7 @@ class PrefixCache:
         self._below = list(layers[: self.cut])
         slots = cohort.slots
         for layer in self._below:
-            layer.forward = _skipping(layer.forward, lambda: slots.prefix is not None)
+            layer.forward = skipping(layer.forward, lambda: slots.prefix is not None)
         self._hook = layers[self.cut].register_forward_pre_hook(self._enter, with_kwargs=True)
 
     def _enter(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -130,7 +130,7 @@ class PrefixCache:
         return batch
 
 
-def _skipping(forward: Callable, skip: Callable[[], bool]) -> Callable:
+def skipping(forward: Callable, skip: Callable[[], bool]) -> Callable:
     """``forward`` of a layer, or its input unchanged (in the layer's own form of output) while ``skip()``."""
     form: list[bool] = []
 

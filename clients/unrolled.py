@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from clients.cohort import Cohort, CohortBatch
 from clients.local.training import LocalTraining, clip_rows
-from clients.prefix import _skipping
+from clients.prefix import skipping
 from fl.errors import ConfigError
 
 HEADS = {"classifier", "score", "lm_head"}  # what may be adapted outside the layers: it comes after them
@@ -50,7 +50,7 @@ class Entrance:
         self.cohort, self._seen = cohort, torch.empty(0)
         self.outputs = 0  # classes, or words of the vocabulary; known once something has passed
         for layer in layers[:cut]:
-            layer.forward = _skipping(layer.forward, lambda: cohort.slots.prefix is not None)
+            layer.forward = skipping(layer.forward, lambda: cohort.slots.prefix is not None)
         layers[cut].register_forward_pre_hook(self._enter, with_kwargs=True)
 
     def _enter(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

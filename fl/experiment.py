@@ -118,6 +118,7 @@ class Settings:
             settings.aggregator.check_clients(number)
         settings.aggregator.check(settings.adapter, settings.server_optimizer)
         settings.schedule.check(settings)
+        settings.schedule.rule(settings.aggregator.staleness).check(settings)
         settings.secure_aggregation.check(settings)
         if settings.privacy.in_rounds and not settings.schedule.in_rounds:
             name = type(settings.privacy).__name__

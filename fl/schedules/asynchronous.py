@@ -92,7 +92,7 @@ class Asynchronous(Schedule):
         return False
 
     def check(self, settings: Any) -> None:
-        rule, stale = type(settings.aggregator).__name__, self.rule(settings.aggregator.staleness)
+        rule = type(settings.aggregator).__name__
         if settings.sampling.over_selection or not settings.sampling.counted:
             allowed = "fixed or available with over_selection=0: clients are chosen as places become free"
             raise ConfigError("sampling", type(settings.sampling).__name__, allowed)
@@ -108,7 +108,6 @@ class Asynchronous(Schedule):
         if settings.evaluation.aggregation_error:
             allowed = f"false with {type(self).__name__}: updates of several versions have no common mean"
             raise ConfigError("evaluation.aggregation_error", True, allowed)
-        stale.check(settings)
 
     def run(self, world: World) -> Iterator[Event]:
         tasks = Tasks(world, self.max_staleness)
