@@ -16,14 +16,9 @@ from clients.adapters.lora import LoRA
 from fl.errors import ConfigError, ShoalError
 from fl.keys import generator
 from fl.sampling import Available, Fixed, Poisson
-from fl.schedules.synchronous import Synchronous
+from fl.schedules.fedbuff import FedBuff
 from privacy.secure_aggregation.settings import SecAggPlus, SecureAggregation
 from tests.privacy.test_client_level import settings
-
-
-class Unbounded(Synchronous):
-    def participations(self):
-        return None
 
 
 def made(**parts):
@@ -43,7 +38,7 @@ REFUSED = {
     "another one": (made(aggregator=FLoRA()), "secure_aggregation", "which FLoRA is not"),
     "given weights": (made(aggregator=FedAvg([1.0] * 8)), "aggregator.weights", "integers"),
     "mixed ranks": (made(adapter=LoRA(rank=[2, 4])), "adapter.rank", "one rank"),
-    "no rounds": (made(schedule=Unbounded(4)), "schedule", "in rounds"),
+    "no rounds": (made(schedule=FedBuff(4)), "schedule", "in rounds"),
     "aggregation error": (with_evaluation(made()), "evaluation.aggregation_error", "single updates"),
     "a start from all clients": (with_start(made(), "clients"), "adapter.init.source", "public or private"),
     "a start from one client": (with_start(made(), "client"), "adapter.init.source", "public or private"),

@@ -11,12 +11,13 @@ from aggregators.fedex import FedEx
 from clients.adapters.lora import LoRA
 from fl.errors import ConfigError, ShoalError
 from fl.keys import generator, key_bytes
+from fl.schedules.fedbuff import FedBuff
 from privacy.distributed import Distributed
 from privacy.secure_aggregation import field
 from privacy.secure_aggregation.norm_check import NormCheck
 from privacy.secure_aggregation.primitives import public_key
 from privacy.secure_aggregation.shares import Aggregator, ProofCodec, SecretShares, messages
-from tests.privacy.secure_aggregation.test_settings import Unbounded, with_evaluation, with_start
+from tests.privacy.secure_aggregation.test_settings import with_evaluation, with_start
 from tests.privacy.test_client_level import settings
 
 QUERY = key_bytes("query")
@@ -211,7 +212,7 @@ REFUSED = {
     "a rule of single updates": (made(aggregator=FedEx()), "secure_aggregation", "FedEx"),
     "weights": (made(aggregator=FedAvg("examples")), "aggregator.weights", "uniform"),
     "mixed ranks": (made(adapter=LoRA(rank=[2, 4])), "adapter.rank", "one rank"),
-    "no rounds": (made(schedule=Unbounded(4)), "schedule", "in rounds"),
+    "no rounds": (made(schedule=FedBuff(4)), "schedule", "in rounds"),
     "a start from clients' data": (with_start(made(), "clients"), "adapter.init.source", "public or private"),
     "aggregation error": (with_evaluation(made()), "evaluation.aggregation_error", "single updates"),
     "noise of clients": (made(privacy=Distributed()), "secure_aggregation", "secagg"),
