@@ -396,3 +396,31 @@ def test_unbiased_weights_of_the_model_need_clients_at_work_all_the_time(tmp_pat
     with pytest.raises(ConfigError, match=r"schedule\.rates='model' is not allowed: observed, unless all clients"):
         go(tmp_path / "run", *words)
     go(tmp_path / "other", *words, "schedule.rates=observed", "schedule.rounds=2")
+
+
+# What clients hold, and data that all hold
+
+
+def test_what_a_client_holds_is_not_sent_again(tmp_path):
+    """A frozen A goes down with a client's first job, and not with the next."""
+    go(tmp_path, *F80, "adapter=ffa", "schedule=fedasync", "schedule.rounds=24")
+    sizes: dict[int, list[int]] = {}
+    for event in clients(tmp_path):
+        sizes.setdefault(event["client"], []).append(event["bytes_down"])
+    several = [found for found in sizes.values() if len(found) > 1]
+    assert len(several) >= 3
+    for first, *later in several:
+        assert max(later) < 0.8 * first and max(later) - min(later) < 20
+
+
+def test_data_that_all_hold_have_no_privacy_claim():
+    words = [*ENCODER, "partition=replicated", "privacy=local", "aggregator.weights=uniform"]
+    with pytest.raises(ConfigError, match=r"partition='Replicated'.*what all hold is nobody's own"):
+        Settings.of(compose(words)[0])
+
+
+@pytest.mark.parametrize("schedule", ["synchronous", "fedasync"])
+def test_a_rule_for_stale_updates_is_checked_under_every_schedule(schedule):
+    words = [*ENCODER, f"schedule={schedule}", "aggregator.staleness=inversion", "local=adamw"]
+    with pytest.raises(ConfigError, match="local"):
+        Settings.of(compose(words)[0])
