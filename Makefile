@@ -40,6 +40,8 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.lowrank
 	$(BIN)/python -m benchmarks.private
 	$(BIN)/python -m benchmarks.secagg
+	$(BIN)/python -m benchmarks.asynchronous
+	$(BIN)/python -m benchmarks.gradient_coding
 	$(BIN)/shoal sweep experiment=private_lowrank_comparison
 
 clean:
