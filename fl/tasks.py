@@ -86,7 +86,7 @@ _KEPT = (
 class Tasks:
     """The outstanding work of one run on the virtual clock, and the events that it leads to.
 
-    `give` hands out a job; `pop` gives the next event. Events are named by priority: ``COMPUTE_DONE`` (the client's
+    `give` hands out a job; `queue` gives the next event. Events are named by priority: ``COMPUTE_DONE`` (the client's
     work is done: pass it to `upload`), ``ARRIVE`` (its reply is here, or a client whose work was lost is back: pass it
     to `take`), ``SERVER_TICK`` (a time that was asked for by `at`, or a client's deadline).
     """

@@ -13,7 +13,6 @@ import numpy as np
 from flwr.app import Message
 
 from aggregators.base import move
-from fl.clock import seconds
 from fl.coding import workers
 from fl.coding.master import Master, Round
 from fl.coding.schemes import Scheme, Task
@@ -21,7 +20,7 @@ from fl.errors import ConfigError, RunStopped
 from fl.fleet import Job
 from fl.keys import generator
 from fl.messages import GradientRequest, TrainReply, freeze, payload_bytes
-from fl.schedules.base import Event, Parts, World
+from fl.schedules.base import Event, Parts, World, client_event
 from fl.state import ServerState
 from fl.validation import Reason, Rejection, Validator
 
@@ -137,25 +136,11 @@ class Jobs:
             self.since.update(client_steps=good.steps if good else 0, tokens=good.tokens if good else 0)
             if isinstance(taken, Rejection):
                 self.rejected[taken.reason.value] += 1
-            yield {
-                "event": "client",
-                "round": number,
-                "version": requests[i].version,
-                "client": i,
-                "virtual_s": seconds(min(job.arrived, end)),
-                "staleness": 0,
-                "bytes_down": down[i],
-                "bytes_up": sent.get(i, 0),
-                "examples": good.examples if good else None,
-                "steps": good.steps if good else None,
-                "tokens": good.tokens if good else None,
-                "loss": None,
-                "accepted": good is not None,
-                "reason": taken.reason.value if isinstance(taken, Rejection) else None,
-                "sent_s": seconds(start),
-                "began_s": seconds(min(job.began, end)),
-                "done_s": seconds(min(job.done, end)),
-            }
+            yield client_event(
+                round=number, version=requests[i].version, client=i, time=min(job.arrived, end), staleness=0,
+                bytes_down=down[i], bytes_up=sent.get(i, 0), reply=taken, taken=taken,
+                phases=(start, min(job.began, end), min(job.done, end)),
+            )  # fmt: skip
 
     def step(self, job: int) -> Event:
         """The job that is due: its model's step, or none where its gradient can't be decoded."""
@@ -212,7 +197,6 @@ class Jobs:
         meta = {
             "results": [list(result) for result in self.results],
             "versions": [server.version for server in self.models],
-            "fleet": self.world.fleet.state(),
         }
         return arrays, meta
 
@@ -230,7 +214,6 @@ class Jobs:
             memory = under(f"coding/optimizer/{m}/")
             vector = arrays[f"coding/model/{m}"]
             self.models[m] = self.models[m].replace(vector=vector, version=version, optimizer=memory)
-        self.world.fleet.restore(meta["fleet"])
 
 
 def _missed(job: Job) -> Rejection:

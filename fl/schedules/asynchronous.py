@@ -34,11 +34,11 @@ from typing import Any
 import numpy as np
 
 from aggregators.staleness import drift
-from fl.clock import Priority, seconds, ticks
+from fl.clock import Priority, ticks
 from fl.config import setting
 from fl.errors import ConfigError, RunStopped
 from fl.messages import TrainReply
-from fl.schedules.base import Event, Schedule, World
+from fl.schedules.base import Event, Schedule, World, client_event
 from fl.state import ServerState, Update
 from fl.tasks import Task, Tasks
 from fl.validation import Reason, Rejection
@@ -322,23 +322,10 @@ class _Since:
 
 
 def _client_event(world: World, task: Task, taken: TrainReply | Rejection) -> Event:
-    good = task.result if isinstance(task.result, TrainReply) else None
-    return {
-        "event": "client",
-        "round": task.job,
-        "version": task.start.version,
-        "client": task.client,
-        "virtual_s": world.clock.now_s,
-        "staleness": world.server.version - task.start.version,
-        "bytes_down": task.bytes_down,
-        "bytes_up": task.bytes_up,
-        "examples": good.examples if good else None,
-        "steps": good.steps if good else None,
-        "tokens": good.tokens if good else None,
-        "loss": good.loss if good else None,
-        "accepted": isinstance(taken, TrainReply),
-        "reason": None if isinstance(taken, TrainReply) else taken.reason.value,
-        "sent_s": seconds(task.sent),
-        "began_s": seconds(task.began) if world.wall is None else None,
-        "done_s": seconds(task.done) if world.wall is None else None,
-    }
+    known = world.wall is None
+    return client_event(
+        round=task.job, version=task.start.version, client=task.client, time=world.clock.now,
+        staleness=world.server.version - task.start.version, bytes_down=task.bytes_down, bytes_up=task.bytes_up,
+        reply=task.result, taken=taken,
+        phases=(task.sent, task.began if known else None, task.done if known else None),
+    )  # fmt: skip

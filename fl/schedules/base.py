@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from aggregators.base import Aggregator, ServerOptimizer
 from aggregators.staleness import Auto, Constant, Staleness, Treatment
 from clients.local.training import LocalTraining
-from fl.clock import Clock
+from fl.clock import Clock, seconds
 from fl.config import setting
 from fl.downlink import Downlink
 from fl.fleet import Fleet
@@ -29,7 +29,7 @@ from fl.sampling import Sampling
 from fl.secure import Codecs, Plain, SecureRound
 from fl.shares import SharedRound
 from fl.state import ServerState, Update
-from fl.validation import Validator
+from fl.validation import Rejection, Validator
 from fl.wall import Heard, WallFleet
 from privacy.base import Guard
 from privacy.secure_aggregation.settings import SecAggPlus
@@ -199,6 +199,38 @@ class World:
                 time.sleep(pause_s)
                 pause_s = min(1.0, pause_s * 1.5)
         return replies, sent
+
+
+def client_event(
+    *, round: int, version: int, client: int, time: int, staleness: int, bytes_down: int, bytes_up: int,
+    reply: TrainReply | Rejection | None, taken: TrainReply | Rejection, phases: tuple[int, int | None, int | None],
+) -> Event:  # fmt: skip
+    """The event of one client's job that ended at tick ``time``.
+
+    ``reply`` is what the client answered, ``taken`` what the schedule made of it; ``phases`` are the ticks at which the
+    request left, work began and work was done (None: not known).
+    """
+    good = reply if isinstance(reply, TrainReply) else None
+    sent, began, done = (None if tick is None else seconds(tick) for tick in phases)
+    return {
+        "event": "client",
+        "round": round,
+        "version": version,
+        "client": client,
+        "virtual_s": seconds(time),
+        "staleness": staleness,
+        "bytes_down": bytes_down,
+        "bytes_up": bytes_up,
+        "examples": good.examples if good else None,
+        "steps": good.steps if good else None,
+        "tokens": good.tokens if good else None,
+        "loss": good.loss if good else None,
+        "accepted": isinstance(taken, TrainReply),
+        "reason": None if isinstance(taken, TrainReply) else taken.reason.value,
+        "sent_s": sent,
+        "began_s": began,
+        "done_s": done,
+    }
 
 
 @dataclass(frozen=True)

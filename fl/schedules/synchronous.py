@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from flwr.app import Message
 
 from aggregators.factored import relative_error
-from fl.clock import Clock, EventQueue, Priority, seconds, ticks
+from fl.clock import Clock, EventQueue, Priority, ticks
 from fl.config import setting
 from fl.errors import RunStopped, ShoalError
 from fl.fleet import Job
 from fl.messages import TrainReply, payload_bytes
-from fl.schedules.base import Event, Schedule, World
+from fl.schedules.base import Event, Schedule, World, client_event
 from fl.state import Update
 from fl.validation import Reason, Rejection
 
@@ -220,24 +219,10 @@ def _steps(checked: TrainReply | Rejection, reply: Message) -> int:
 
 def _client_event(
     round: int, version: int, client: int, time: int, checked: TrainReply | Rejection, arrival: _Arrival, known: bool
-) -> dict[str, Any]:
-    good = arrival.checked if isinstance(arrival.checked, TrainReply) else None
-    return {
-        "event": "client",
-        "round": round,
-        "version": version,
-        "client": client,
-        "virtual_s": time / 1e6,
-        "staleness": 0,
-        "bytes_down": arrival.bytes_down,
-        "bytes_up": arrival.bytes_up,
-        "examples": good.examples if good else None,
-        "steps": good.steps if good else None,
-        "tokens": good.tokens if good else None,
-        "loss": good.loss if good else None,
-        "accepted": isinstance(checked, TrainReply),
-        "reason": None if isinstance(checked, TrainReply) else checked.reason.value,
-        "sent_s": seconds(arrival.sent),
-        "began_s": seconds(min(arrival.job.began, time)) if known else None,
-        "done_s": seconds(min(arrival.job.done, time)) if known else None,
-    }
+) -> Event:
+    job = arrival.job
+    return client_event(
+        round=round, version=version, client=client, time=time, staleness=0, bytes_down=arrival.bytes_down,
+        bytes_up=arrival.bytes_up, reply=arrival.checked, taken=checked,
+        phases=(arrival.sent, min(job.began, time) if known else None, min(job.done, time) if known else None),
+    )  # fmt: skip
