@@ -64,11 +64,11 @@ class Aggregator(ABC):
     ``takes`` are the forms of adapter (`clients.adapters.base.Adapter.form`) that it is defined for (empty: any),
     ``mixed`` the forms whose clients may have different ranks. ``optimizes`` says whether a server optimiser other
     than plain averaging means anything; ``stateful`` whether clients keep what they were sent (`fl.downlink`).
-    ``linear`` says that the outcome depends on the updates' weighted mean alone, so that one update in place of them
-    gives the same: what a server that only learns a (noisy) sum needs.
+    `linear` says that the outcome depends on the updates' weighted mean alone, so that one update in place of them
+    gives the same: what a server that only learns a (noisy) sum needs. ``mean_only`` is that by the rule's nature.
     """
 
-    linear: ClassVar[bool] = False
+    mean_only: ClassVar[bool] = False
     takes: ClassVar[tuple[str, ...]] = ()
     mixed: ClassVar[tuple[str, ...]] = ()
     optimizes: ClassVar[bool] = True
@@ -79,6 +79,11 @@ class Aggregator(ABC):
         help="what a client counts for: examples (how many it has), uniform, or a list with a weight for each client",
     )
     staleness: Staleness = setting(Auto(), help="what becomes of updates that started from an old version")
+
+    @property
+    def linear(self) -> bool:
+        """Whether the outcome depends on the updates' weighted mean alone."""
+        return self.mean_only
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, str):
@@ -115,6 +120,9 @@ class Aggregator(ABC):
         if not isinstance(self.weights, str) and len(self.weights) != number:
             allowed = f"a weight for each of the {number} clients, not {len(self.weights)}"
             raise ConfigError("aggregator.weights", self.weights, allowed, "Or use examples or uniform.")
+
+    def check_round(self, number: int) -> None:  # noqa: B027  (most rules take any number)
+        """Raise `ConfigError` where ``number`` updates a round are too few for this rule."""
 
     def shares(self, updates: Sequence[Update]) -> np.ndarray:
         """``p`` ``(n,)`` float64, which adds up to 1: what each of ``updates`` counts for.

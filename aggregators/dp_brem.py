@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
-from aggregators.base import ServerOptimizer
+from aggregators.base import Aggregator, ServerOptimizer
 from aggregators.fedavg import FedAvg
 from fl.state import ServerState, Update
 
@@ -21,14 +20,14 @@ CENTRE = "centre"  # the name of phi beside an update, and among what the server
 
 
 @dataclass(frozen=True)
-class DPBREM(FedAvg):
-    """`FedAvg` that keeps ``phi`` ``(n,)`` float64, of the columns that train, in ``ServerState.extra``."""
+class DPBREM(Aggregator):
+    """The mean, as `FedAvg` takes it, that keeps ``phi`` ``(n,)`` float64, of the columns that train."""
 
-    mixed: ClassVar[tuple[str, ...]] = ()
+    mean_only = True
 
     def aggregate(
         self, server: ServerState, updates: Sequence[Update], optimizer: ServerOptimizer | None = None
     ) -> ServerState:
-        new = super().aggregate(server, updates, optimizer)
+        new = FedAvg(self.weights, self.staleness).aggregate(server, updates, optimizer)
         centres = [update.extra[CENTRE] for update in updates if CENTRE in update.extra]
         return new.replace(extra={**server.extra, CENTRE: centres[0]}) if len(centres) == 1 else new

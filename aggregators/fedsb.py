@@ -25,7 +25,7 @@ from fl.state import ServerState, Update
 class FedSB(Aggregator):
     """The mean of the cores R: exact, in r^2 numbers a module."""
 
-    linear = True
+    mean_only = True
     takes = ("core",)
     mixed = ("core",)
 

@@ -28,7 +28,7 @@ from fl.state import ServerState, Update
 class FedSVD(Aggregator):
     """The mean of B over a common A, refactored so that A has orthonormal rows: exact."""
 
-    linear = True
+    mean_only = True
     takes = ("b",)
     mixed = ("b",)
     optimizes = False

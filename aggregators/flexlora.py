@@ -19,15 +19,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aggregators.base import Aggregator, ServerOptimizer, finite
+from aggregators.base import ServerOptimizer, finite, in_client_order
+from aggregators.combining import ROOT, Combining, scaled
 from aggregators.factored import head_step, heard, product, stacks, svd
 from fl.config import setting
+from fl.errors import ConfigError
 from fl.state import ServerState, Update
 
 
 @dataclass(frozen=True)
-class FlexLoRA(Aggregator):
-    """The best approximation of the mean product by SVD; clients of a lower rank take its leading part."""
+class FlexLoRA(Combining):
+    """The best approximation of the mean product by SVD; clients of a lower rank take its leading part.
+
+    Under a robust rule the mean is ``sum_i c_i B_i A_i``, with the rule's coefficients and, where these don't add up to
+    one, the server's own product for the rest.
+    """
 
     takes = ("lora",)
     mixed = ("lora",)
@@ -37,10 +43,24 @@ class FlexLoRA(Aggregator):
         "B", choices=("B", "even"), help="where the singular values go: all into B, or their roots into both factors"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.combine.weighs:
+            name = type(self.combine).__name__
+            allowed = f"a rule that weighs updates: {name} acts on coordinates, and a product is not averaged by them"
+            raise ConfigError("aggregator.combine", name, allowed, "Use aggregator=fedavg, or krum, gm, clipping ...")
+
     def aggregate(
         self, server: ServerState, updates: Sequence[Update], optimizer: ServerOptimizer | None = None
     ) -> ServerState:
-        ordered, shares = heard(self, updates)
+        if self.plain:
+            ordered, shares = heard(self, updates)
+            extra = server.extra
+        else:
+            every = in_client_order(updates)
+            _, coefficients, extra = self.combined(server, every, (server.version,))
+            assert coefficients is not None
+            ordered, shares = scaled([u for u in every if u.client != ROOT], coefficients)
         space = server.space
         vector = server.vector.astype(np.float64)
         head_step(server, ordered, shares, vector)
@@ -56,7 +76,7 @@ class FlexLoRA(Aggregator):
             b[:, :real] = u[:, :real] * (roots if self.split == "even" else s[:real] / module.scale)
             rows = vt[:real] * (roots[:, None] if self.split == "even" else 1.0)
             a[...] = np.concatenate([rows, completion(vt[:real], old)]).reshape(a.shape)
-        return finite(server, vector, increment={})
+        return finite(server, vector, increment={}, extra=extra)
 
 
 def completion(rows: np.ndarray, old: np.ndarray) -> np.ndarray:

@@ -37,6 +37,7 @@ class Downlink:
 
     space: Space
     keeps: bool
+    own: bool = False  # whether every client is sent a state of its own, so that nothing is shared
     known: dict[int, int] = field(default_factory=dict)  # client -> version
     changed: dict[str, int] = field(default_factory=dict)  # group -> version of its last change
     base_changed: int = 0  # version of the base's last change
@@ -78,9 +79,12 @@ class Downlink:
         """
         known = self.known.get(client) if self.keeps else None
         key = (server.version, self.space.kind(client), known)
-        if key not in self._made:
-            self._made[key] = self._content(server, client, known)
-        vector, sent, base = self._made[key]
+        made = None if self.own else self._made.get(key)
+        if made is None:
+            made = self._content(server, client, known)
+            if not self.own:
+                self._made[key] = made
+        vector, sent, base = made
         header: dict[str, Scalar] = {"sent": sent}
         if train is not None:
             header["train"] = ",".join(train)

@@ -24,6 +24,9 @@ class Evaluation:
         None, gt=0, help="virtual seconds between such evaluations, beside those by rounds; null: none by time"
     )
     clients: str = setting("final", choices=["never", "final", "always"], help="evaluate each client's own test set")
+    peers: str = setting(
+        "final", choices=["never", "final", "always"], help="evaluate each peer's own model on the central test set"
+    )
     batch_size: int = setting(64, ge=1, help="examples in one forward pass")
     aggregation_error: bool = setting(
         False, help="record each round how far the server's weight change is from the mean of the clients'"
@@ -41,6 +44,10 @@ class Evaluation:
     def per_client(self, central: bool, last: bool) -> bool:
         """Whether the clients' own test sets are due, where the central one is or is not."""
         return (self.clients == "always" and central) or (self.clients == "final" and last)
+
+    def of_peers(self, central: bool, last: bool) -> bool:
+        """Whether the peers' own models are due, where the central evaluation is or is not."""
+        return (self.peers == "always" and central) or (self.peers == "final" and last)
 
 
 def numbers(scores: Scores, labels: np.ndarray | None) -> dict[str, Any]:

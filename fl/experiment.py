@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,18 +13,20 @@ import torch
 from torch import nn
 
 from aggregators.base import Aggregator, ServerOptimizer
+from aggregators.combining import ROOT, Combining
 from clients import tuning
 from clients.adapters.base import Adapter
 from clients.adapters.base_change import Change
 from clients.adapters.initial.base import DataDriven
 from clients.behaviours.base import Behaviour
+from clients.behaviours.none import Honest
 from clients.cohort import Cohort
 from clients.data.federated import FederatedData, federate
 from clients.data.partition import Partition, Replicated
 from clients.data.source import Source
 from clients.data.tokens import TokenData
 from clients.local.private import Private
-from clients.local.training import LocalTraining
+from clients.local.training import LocalTraining, Work
 from clients.models import Base, ModelSpec
 from clients.prefix import PrefixCache, first_adapted_layer
 from clients.trainer import Plan, Trainer
@@ -39,6 +41,9 @@ from fl.sampling import Sampling
 from fl.schedules.base import Schedule
 from fl.secure import Codecs, SecureClients, make_codecs
 from fl.shares import SharedClients
+from fl.state import ServerState, Update
+from fl.topology.auto import Auto, resolve
+from fl.topology.base import Topology
 from fl.trackers.base import Tracker
 from privacy import example_level
 from privacy.base import Guard, Privacy, noise_root
@@ -88,6 +93,7 @@ class Settings:
     local: LocalTraining
     sampling: Sampling
     schedule: Schedule
+    topology: Topology
     network: Network
     aggregator: Aggregator
     server_optimizer: ServerOptimizer
@@ -116,7 +122,14 @@ class Settings:
         if number is not None:
             settings.network.check(number)
             settings.aggregator.check_clients(number)
+            settings.check_numbers(number)
         settings.aggregator.check(settings.adapter, settings.server_optimizer)
+        if not settings.schedule.decentral and not isinstance(settings.topology, Auto):
+            allowed = f"auto under {type(settings.schedule).__name__}, which has a server"
+            raise ConfigError(
+                "topology", settings.topology.name, allowed, "Choose a schedule of peers: schedule=dpsgd."
+            )
+        settings.attack.check(settings)
         settings.schedule.check(settings)
         settings.schedule.rule(settings.aggregator.staleness).check(settings)
         settings.secure_aggregation.check(settings)
@@ -142,6 +155,18 @@ class Settings:
         tuning.pick_device(settings.engine.device)
         settings.tracker.check()
         return settings
+
+    @property
+    def graph(self) -> Topology:
+        """Who hears whom, under a schedule of peers."""
+        return resolve(self.topology, self.schedule.graph)
+
+    def check_numbers(self, clients: int) -> None:
+        """Raise `ConfigError` where ``clients`` are too few for what is done with them."""
+        if self.schedule.decentral:
+            self.graph.check(clients)
+        else:
+            self.aggregator.check_round(self.clients.per_round or clients)
 
 
 @dataclass
@@ -199,8 +224,10 @@ class Experiment:
             raise ConfigError("clients.per_round", s.clients.per_round, f"at most the {len(data)} clients there are")
         s.network.check(len(data))
         s.aggregator.check_clients(len(data))
-        s.attack.affected(len(data), s.seed)
-        return data
+        s.check_numbers(len(data))
+        affected = s.attack.affected(len(data), s.seed)
+        poison = s.attack.poison(data.train, data.test, data.parts, affected, s.seed)
+        return data if poison is None else replace(data, train=poison.train, poison=poison)
 
     @property
     def per_round(self) -> int:
@@ -221,7 +248,13 @@ class Experiment:
         """Loss and metrics of the state ``vector`` ``(d,)`` beside the changed base on the central test set."""
         test = self.data.test
         scores = trainer.evaluate(vector, "test", np.arange(len(test)), self.settings.evaluation.batch_size, base)
-        return {"examples": len(test), **numbers(scores, test.labels if self.num_labels else None)}
+        found = {"examples": len(test), **numbers(scores, test.labels if self.num_labels else None)}
+        poison = self.data.poison
+        if poison is not None and poison.triggered is not None:
+            every = np.arange(len(poison.triggered))
+            said = trainer.evaluate(vector, "triggered", every, self.settings.evaluation.batch_size, base).predicted
+            found["attack_success"] = float(np.mean(said == poison.target))
+        return found
 
     def choose_plan(self) -> Plan:
         """Measure, or look up, how to lay the work on the machine."""
@@ -245,6 +278,8 @@ class Experiment:
         plan = self.plan or self.choose_plan()
         cohort = self.cohort(plan.torch_dtype, plan.attention, plan.device)
         sets = {"train": self.data.train, "test": self.data.test}
+        if self.data.poison is not None and self.data.poison.triggered is not None:
+            sets["triggered"] = self.data.poison.triggered
         worker = Worker(cohort, sets, self.settings.local, self.settings.seed, self._prefix(cohort, sets))
         self._trainer = Trainer(worker, plan)
         return self._trainer
@@ -282,7 +317,29 @@ class Experiment:
         elif isinstance(s.secure_aggregation, SecAggPlus):
             weighted = s.aggregator.weights == "examples"
             secure = SecureClients(s.secure_aggregation, s.seed, self.codecs, weighted, noise_root(s))
-        return Node(self.trainer, self.data, s.local, s.attack, s.seed, space, self.guard, asked, secure)
+        # Among peers, what hostile ones send each other is another thing than what they learn.
+        attack = Honest() if s.schedule.decentral and s.attack.crafts else s.attack
+        part, rule = s.schedule.part(self), self._defence if s.attack.needs_rule else None
+        return Node(self.trainer, self.data, s.local, attack, s.seed, space, self.guard, asked, secure, part, rule)
+
+    def _defence(self, rows: np.ndarray) -> np.ndarray:
+        """What the server makes of updates ``(n, d)``: known to attackers that search against it."""
+        rule = self.settings.aggregator
+        weights = np.full(len(rows), 1 / len(rows))
+        assert isinstance(rule, Combining)
+        return rule.step(rows, weights, list(range(len(rows))), ("defence",))
+
+    def root_update(self, server: ServerState, round: int, lr: float) -> Update:
+        """The server's own update, of training on its public samples as a client would (FLTrust)."""
+        s, space = self.settings, server.space
+        groups = space.trains(round)
+        whole = len(space.columns(groups)) == space.layout.size
+        batches = s.local.batches(s.seed, ROOT, round, self.data.public)
+        work = Work(ROOT, round, server.vector, batches, lr, {}, None if whole else groups, server.base)
+        fit = self.trainer.train([work])[0]
+        columns = None if whole else space.columns(groups)
+        start = server.vector if columns is None else server.vector[columns]
+        return Update(ROOT, round, server.version, fit.state - start, len(self.data.public), columns=columns)
 
     @cached_property
     def codecs(self) -> Codecs:

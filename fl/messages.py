@@ -137,6 +137,12 @@ class GradientRequest(_Request):
     kind = "gradient"
 
 
+class PeerRequest(_Request):
+    """What a schedule without a server asks of a peer beside training (`fl.schedules.base.PeerPart`)."""
+
+    kind = "peer"
+
+
 class EvaluateRequest(_Request):
     """Evaluate ``state`` on the client's own test set."""
 

@@ -7,7 +7,7 @@ client remembered before it, and the memory from before its newest job is kept u
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from flwr.common.constant import ErrorCode
 
 from clients.adapters.initial.base import DataDriven
 from clients.adapters.space import Space
-from clients.behaviours.base import Behaviour, ReplyFields
+from clients.behaviours.base import Behaviour, ReplyFields, Scene
 from clients.data.federated import FederatedData
 from clients.local.training import Fit, LocalTraining, Memory, Work
 from clients.trainer import Trainer
@@ -30,12 +30,14 @@ from fl.messages import (
     EvaluateRequest,
     GradientRequest,
     MalformedMessage,
+    PeerRequest,
     Request,
     SecureRequest,
     StatisticRequest,
     TrainReply,
     TrainRequest,
 )
+from fl.schedules.base import PeerPart
 from fl.secure import SecureClients
 from fl.shares import SharedClients
 from fl.statistic import sums
@@ -70,10 +72,12 @@ class Node:
         guard: Guard | None = None,
         initialisation: DataDriven | None = None,
         secure: SecureClients | SharedClients | None = None,
+        part: PeerPart | None = None,
+        rule: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
         self.trainer, self.data, self.local, self.behaviour = trainer, data, local, behaviour
         self.seed, self.space, self.guard = seed, space, guard or Guard()
-        self.secure = secure
+        self.secure, self.part, self.rule = secure, part, rule
         self.workers = Workers(trainer, data.parts, local.batch_size, seed)
         self.initialisation = initialisation
         self.holdings = Holdings(space)
@@ -94,10 +98,24 @@ class Node:
                 replies.append(_error(f"{BUDGET}: {error}", message))
             except ShoalError as error:  # malformed, or a job from before the newest that comes again
                 replies.append(_error(str(error), message))
-        for (message, request), work, fit in zip(requests, works, self.trainer.train(works), strict=True):
-            reply = self._reply(request, work, fit, message)
-            replies += [] if reply is None else [reply]
+        fits = self.trainer.train(works)
+        honest = [self._honest(request, work, fit) for (_, request), work, fit in zip(requests, works, fits)]
+        for (message, request), said in zip(requests, self._said(honest, works), strict=True):
+            if isinstance(said, Exception):
+                replies.append(_error(f"{type(said).__name__}: {said}", message))
+            elif said is not None:
+                replies.append(self._reply(request, said, message))
         return replies
+
+    def _said(self, honest: Sequence[ReplyFields], works: Sequence[Work]) -> list[ReplyFields | Exception | None]:
+        """What leaves the clients: of those that misbehave, what their behaviour makes of all the honest replies."""
+        if not self.affected:
+            return list(honest)
+        columns = {w.client: self.space.columns(w.groups, w.client) for w in works}
+        starts = {w.client: w.start[columns[w.client]] for w in works}
+        lr = works[0].lr if works else None
+        scene = Scene(self.seed, len(self.data), self.space, lr, starts, columns, self.rule)
+        return self.behaviour.replies(honest, self.affected, scene)
 
     def _check(self, request: Request) -> None:
         layout = self.space.layout.hash
@@ -137,6 +155,8 @@ class Node:
         # Beside what does not train, jobs are alike if that is the same, whatever the version, for clients of one rank.
         shared = () if groups is None else (self._frozen(start, train), self.space.kind(request.client))
         examples = self.data.parts[request.client]
+        if self.data.poison is not None and request.client in self.affected:
+            examples = self.data.poison.examples(request.client, request.round, examples)
         # Two requests that differ in anything the gradients depend on are two jobs, with noise of their own.
         content = hashlib.sha256(start.data)
         content.update(repr((request.version, lr, train)).encode())
@@ -152,7 +172,8 @@ class Node:
         still[self.space.columns(train)] = False
         return int.from_bytes(hashlib.sha256(start[still].tobytes()).digest()[:8], "little")
 
-    def _reply(self, request: TrainRequest, work: Work, fit: Fit, message: Message) -> Message | None:
+    def _honest(self, request: TrainRequest, work: Work, fit: Fit) -> ReplyFields:
+        """What an honest client sends of a job; keeps what it remembers."""
         log = log_of(self.guard)
         if log is not None and fit.audit is not None and work.private is not None:
             log.add(work.private.key, fit.audit)
@@ -172,13 +193,9 @@ class Node:
             request.client, request.round, request.version, request.layout, sent,
             len(self.data.parts[request.client]), fit.steps, fit.tokens, fit.loss,
         )  # fmt: skip
-        honest = self.guard.release(honest, columns)
-        try:
-            said = self.behaviour.act(honest, self.affected, self.seed, "attack", request.client, request.round)
-        except Exception as error:
-            return _error(f"{type(error).__name__}: {error}", message)
-        if said is None:
-            return None
+        return self.guard.release(honest, columns)
+
+    def _reply(self, request: TrainRequest, said: ReplyFields, message: Message) -> Message:
         if self.secure is not None:
             return self._masked(request, said, message)
         reply = TrainReply(
@@ -205,9 +222,33 @@ class Node:
         kinds = [dict(m.content.get("header", {})).get("kind") for m in messages]
         staged = [m for m, kind in zip(messages, kinds) if kind == SecureRequest.kind]
         coded = [m for m, kind in zip(messages, kinds) if kind == GradientRequest.kind]
-        others = [m for m, k in zip(messages, kinds) if k not in (SecureRequest.kind, GradientRequest.kind)]
+        peers = [m for m, kind in zip(messages, kinds) if kind == PeerRequest.kind]
+        known = (SecureRequest.kind, GradientRequest.kind, PeerRequest.kind)
+        others = [m for m, kind in zip(messages, kinds) if kind not in known]
         replies = [self._stage(m) for m in staged] + (self.gradients(coded) if coded else [])
+        replies += self.asked(peers) if peers else []
         return replies + (self.statistics(others) if others else [])
+
+    def asked(self, messages: Sequence[Message]) -> list[Message]:
+        """One reply each to what a schedule without a server asks of its peers."""
+        replies: list[Message] = []
+        asked: list[tuple[Message, PeerRequest]] = []
+        for message in messages:
+            try:
+                request = PeerRequest.from_record(message.content)
+                self._check(request)
+                if self.part is None:
+                    raise MalformedMessage("schema", "this experiment's clients are no peers")
+                asked.append((message, request))
+            except MalformedMessage as error:
+                replies.append(_error(str(error), message))
+        answers = self.part.answer([r for _, r in asked]) if self.part is not None and asked else []
+        for (message, _), reply in zip(asked, answers, strict=True):
+            if isinstance(reply, MalformedMessage):
+                replies.append(_error(str(reply), message))
+            else:
+                replies.append(Message(reply.to_record(), reply_to=message))
+        return replies
 
     def gradients(self, messages: Sequence[Message]) -> list[Message]:
         """One reply each: coded sums of gradients, where all clients hold the same data and nothing protects them."""
@@ -302,16 +343,23 @@ class Node:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All that clients keep as named arrays, for a checkpoint."""
-        return self.holdings.parts() | {
-            f"memory/{client}/{kept.round}/{side}/{name}": array
-            for client, kept in self.memories.items()
-            for side, memory in (("before", kept.before), ("after", kept.after))
-            for name, array in memory.items()
-        }
+        part = {} if self.part is None else self.part.arrays()
+        return (
+            self.holdings.parts()
+            | part
+            | {
+                f"memory/{client}/{kept.round}/{side}/{name}": array
+                for client, kept in self.memories.items()
+                for side, memory in (("before", kept.before), ("after", kept.after))
+                for name, array in memory.items()
+            }
+        )
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """Undo `arrays`; others are ignored."""
         self.holdings.restore(arrays)
+        if self.part is not None:
+            self.part.restore(arrays)
         self.memories.clear()
         for path, array in arrays.items():
             if path.startswith("memory/"):

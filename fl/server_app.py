@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import numpy as np
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from aggregators.combining import Combining
 from fl import checkpoint, metrics
 from fl.clock import Clock
 from fl.downlink import Downlink
@@ -18,7 +20,8 @@ from fl.errors import ConfigError, ShoalError
 from fl.experiment import Experiment
 from fl.initialise import initialise
 from fl.ledger import Ledger
-from fl.messages import EvaluateReply, Request, payload_bytes
+from fl.messages import EvaluateReply, PeerRequest, Request, payload_bytes
+from fl.peers import Peers
 from fl.progress import Progress
 from fl.records import RunFolder
 from fl.schedules.base import Event, World
@@ -30,7 +33,7 @@ from fl.validation import Validator
 from privacy.secure_aggregation.settings import SecAggPlus
 from privacy.secure_aggregation.shares import SecretShares
 
-CHECKPOINT = "shoal-run-2"
+CHECKPOINT = "shoal-run-3"
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Server:
     # Round and version of the last evaluation on the central and on the clients' test sets, and the former's tick.
     _tested: list[int] = field(default_factory=list)
     _asked: list[int] = field(default_factory=list)
+    _seen: list[int] = field(default_factory=list)  # of the peers' own models
     _tested_at: int = 0
     stopped: str | None = None  # why the run ended before its last round
     restored: bool = False  # whether the state is that of a checkpoint
@@ -135,12 +139,14 @@ class Server:
         codecs = None if secure is None else experiment.codecs
 
         def size(request: Request) -> int:
-            if codecs is not None:
+            if codecs is not None or isinstance(request, PeerRequest):
                 return 0
             trained = tuple(str(request.extra["train"]).split(",")) if "train" in request.extra else ()
             return len(space.columns(trained or space.trains(request.round), request.client))
 
-        def arrays(request: Request) -> dict[str, tuple[str, int]]:
+        def arrays(request: Request) -> Mapping[str, tuple[str, int]]:
+            if isinstance(request, PeerRequest):
+                return s.schedule.expects(request)
             if codecs is None:
                 return {}
             if isinstance(secure, SecretShares):
@@ -151,11 +157,18 @@ class Server:
         bound = s.schedule.max_update_norm
         validator = Validator(space.layout.hash, size, bound, max_weight=weight, arrays=arrays)
         keeps = s.aggregator.stateful or space.constant or s.adapter.initialisation is not None
+        peers = None
+        if s.schedule.decentral:
+            hostile = s.attack.affected(len(nodes), s.seed)
+            peers = Peers.of(server, s.graph, s.seed, len(nodes), hostile)
+        downlink = Downlink(space, keeps and peers is None, own=peers is not None)
+        rooted = isinstance(s.aggregator, Combining) and s.aggregator.combine.root
         return World(
             grid, nodes, s.seed, experiment.per_round, server, s.aggregator, s.server_optimizer, s.sampling, s.network,
-            s.local, validator, Downlink(space, keeps), experiment.guard, secure, codecs,
+            s.local, validator, downlink, experiment.guard, secure, codecs,
             s.evaluation.aggregation_error and bool(space.modules), sizes=[len(p) for p in experiment.data.parts],
             treatment=s.schedule.rule(s.aggregator.staleness).treatment(experiment),
+            root=experiment.root_update if rooted else None, peers=peers, attack=s.attack,
         )  # fmt: skip
 
     def _write(self, event: Event) -> None:
@@ -173,11 +186,29 @@ class Server:
             self._tested, self._tested_at = state, world.clock.now
             self.newest = self.experiment.central(self.experiment.trainer, world.server.vector, world.server.base)
             self._write({"event": "eval", **common, "split": "test", **self.newest})
+        if world.peers is not None and when.of_peers(central, last) and self._seen != state:
+            self._seen = state
+            self._write({"event": "eval", **common, "split": "peers", **self._peers(world)})
         if when.per_client(central, last) and self._asked != state:
             self._asked = state
             event = self._per_client(world)
             if event is not None:
                 self._write({"event": "eval", **common, "split": "clients", **event})
+
+    def _peers(self, world: World) -> Event:
+        """Each peer's own model on the central test set."""
+        assert world.peers is not None
+        trainer, name = self.experiment.trainer, "accuracy" if self.experiment.num_labels else "perplexity"
+        known: dict[bytes, float] = {}  # equal models are evaluated once
+        values: list[float | None] = []
+        for state in world.peers.states:
+            key = hashlib.sha256(state.tobytes()).digest()
+            if key not in known:
+                known[key] = self.experiment.central(trainer, state, world.server.base)[name]
+            values.append(known[key])
+        honest = [values[p] for p in world.peers.honest]
+        mean, std, worst = metrics.spread(honest, higher_is_better=name == "accuracy")
+        return {"metric": name, "mean": mean, "std": std, "worst_decile": worst, "per_client": values}
 
     def _per_client(self, world: World) -> Event | None:
         requests = [world.evaluate_request(c, world.server) for c in range(world.number)]
@@ -210,7 +241,7 @@ class Server:
         meta = {
             "downlink": sent,
             "schedule": schedule,
-            "tested": [self._tested, self._asked, self._tested_at],
+            "tested": [self._tested, self._asked, self._tested_at, self._seen],
             "kind": CHECKPOINT,
             "server": server,
             "clock": world.clock.now,
@@ -251,7 +282,7 @@ class Server:
         self.ledger = Ledger.restore(meta["ledger"])
         world.guard.restore(meta["privacy"])
         world.kept = None if meta["schedule"] is None else (arrays, meta["schedule"])
-        self._tested, self._asked, self._tested_at = meta["tested"]
+        self._tested, self._asked, self._tested_at, self._seen = meta["tested"]
         self.newest = meta["newest"]
         self.busy_s, self._before_s = meta["busy_s"], meta["wall_s"]
         self.folder.truncate(meta["metrics_offset"])

@@ -68,13 +68,8 @@ class Validator:
         self._arrays = arrays
         self.layout, self.max_norm, self.max_weight = layout, max_norm, max_weight
         self._size = size
-        self._answered: dict[str, set[tuple[int, int]]] = {
-            "train": set(),
-            "evaluate": set(),
-            "statistic": set(),
-            "secure": set(),
-            "gradient": set(),
-        }
+        kinds = ("train", "evaluate", "statistic", "secure", "gradient", "peer")
+        self._answered: dict[str, set[tuple[int, int]]] = {kind: set() for kind in kinds}
 
     def check(self, reply: Message, request: Request | None, *, late: bool = False) -> TrainReply | Rejection:
         """The decoded ``reply`` to ``request`` (None: nothing was asked of this client), or why it is rejected."""

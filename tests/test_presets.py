@@ -36,6 +36,11 @@ def needed(name: str, tmp_path: Path) -> list[str]:
     if name in ("data/csv", "data/jsonl", "data/parquet"):
         (tmp_path / "rows").write_text("text,label\na,b\n")
         return [f"data.path={tmp_path / 'rows'}"]
+    if name == "topology/file":
+        (tmp_path / "edges.txt").write_text("".join(f"{i} {(i + 1) % 10}\n" for i in range(10)))
+        return ["schedule=dpsgd", f"topology.path={tmp_path / 'edges.txt'}"]
+    if name.startswith("schedule/compressor/"):
+        return ["schedule=choco"]
     if name.startswith("adapter/init/") and "bra" in _resolve(read(name)["_target_"], name).form:
         return ["adapter=lora_xs"]
     return {"data/hf": ["data.name=org/set"], "model/hf": ["model.name=org/model"]}.get(name, [])
@@ -44,7 +49,9 @@ def needed(name: str, tmp_path: Path) -> list[str]:
 def test_there_are_the_groups_that_an_experiment_has():
     groups = {name.rpartition("/")[0] for name in OPTIONS}
     parts = {f.name for f in fields(Settings)} - {"clients", "saving", "name", "seed", "checkpoint_every", "report"}
-    assert groups == parts | {"experiment", "local/optimizer", "adapter/init", "aggregator/staleness"}
+    nested = {"local/optimizer", "adapter/init", "schedule/compressor"}
+    nested |= {f"aggregator/{name}" for name in ("staleness", "combine", "pre")}
+    assert groups == parts | {"experiment", *nested}
 
 
 @pytest.mark.parametrize("name", OPTIONS)

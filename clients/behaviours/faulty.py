@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,7 +48,7 @@ class Faulty(SomeClients):
         help="in which way the clients fail",
     )
 
-    def apply(self, reply: ReplyFields, *key: Part, known: Sequence[ReplyFields] = ()) -> ReplyFields | None:
+    def apply(self, reply: ReplyFields, *key: Part) -> ReplyFields | None:
         if self.kind == "crash":
             raise InjectedCrash(f"client {reply.client} was told to crash in round {reply.round} (attack=faulty)")
         if self.kind == "silent":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from clients.behaviours.base import Behaviour, ReplyFields
@@ -18,5 +17,5 @@ class Honest(Behaviour):
     def affected(self, number: int, *key: Part) -> frozenset[int]:
         return frozenset()
 
-    def apply(self, reply: ReplyFields, *key: Part, known: Sequence[ReplyFields] = ()) -> ReplyFields | None:
+    def apply(self, reply: ReplyFields, *key: Part) -> ReplyFields | None:
         return reply

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,12 +12,16 @@ from clients.data.tokens import TokenData
 from fl.errors import ConfigError
 from fl.keys import generator
 
+if TYPE_CHECKING:
+    from clients.data.poison import Poison
+
 
 @dataclass(eq=False)
 class FederatedData:
     """``train`` and the central ``test``; client i trains on ``train[parts[i]]`` and is tested on
     ``train[client_tests[i]]``, which may be empty; ``train[public]`` is nobody's secret, and the server's.
-    ``client_names`` are those of natural clients."""
+    ``client_names`` are those of natural clients. Samples that only hostile clients train on lie behind those of
+    ``train`` that were dealt out."""
 
     train: TokenData
     test: TokenData
@@ -25,6 +29,7 @@ class FederatedData:
     client_tests: list[np.ndarray]
     client_names: list[str] | None = None
     public: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    poison: Poison | None = None  # what hostile clients train on in place of their own samples
 
     def __len__(self) -> int:
         return len(self.parts)

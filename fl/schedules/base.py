@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from flwr.app import Message
@@ -18,25 +18,36 @@ from flwr.serverapp import Grid
 
 from aggregators.base import Aggregator, ServerOptimizer
 from aggregators.staleness import Auto, Constant, Staleness, Treatment
+from clients.behaviours.base import Behaviour
+from clients.behaviours.none import Honest
 from clients.local.training import LocalTraining
 from fl.clock import Clock, seconds
 from fl.config import setting
 from fl.downlink import Downlink
 from fl.fleet import Fleet
-from fl.messages import EvaluateRequest, Request, TrainReply, TrainRequest, payload_bytes
+from fl.messages import (
+    EvaluateRequest,
+    MalformedMessage,
+    PeerRequest,
+    Request,
+    TrainReply,
+    TrainRequest,
+    payload_bytes,
+)
 from fl.network import Network
 from fl.sampling import Sampling
 from fl.secure import Codecs, Plain, SecureRound
 from fl.shares import SharedRound
 from fl.state import ServerState, Update
-from fl.validation import Rejection, Validator
+from fl.validation import Reason, Rejection, Validator
 from fl.wall import Heard, WallFleet
 from privacy.base import Guard
 from privacy.secure_aggregation.settings import SecAggPlus
 from privacy.secure_aggregation.shares import ProofCodec, SecretShares
 
 if TYPE_CHECKING:
-    from fl.experiment import Settings
+    from fl.experiment import Experiment, Settings
+    from fl.peers import Peers
 
 Parts = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays and plain values, as `fl.checkpoint.save` takes them
 Event = dict[str, Any]
@@ -46,7 +57,21 @@ MESSAGE_TYPE = {
     "statistic": "query",
     "secure": "query",
     "gradient": "query",
+    "peer": "query",
 }  # Flower's types of messages
+
+
+class PeerPart(Protocol):
+    """What nodes do beside training under a schedule without a server."""
+
+    def answer(self, requests: Sequence[PeerRequest]) -> list[TrainReply | MalformedMessage]:
+        """A reply to each request, or why it can't be answered. The same request twice gets the same reply."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What the peers keep, as named arrays, for a checkpoint."""
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Undo `arrays`; other arrays are ignored."""
 
 
 @dataclass
@@ -78,6 +103,9 @@ class World:
     treatment: Treatment = field(default_factory=Treatment)
     keep: Callable[[], Parts] | None = None
     kept: Parts | None = None
+    root: Callable[[ServerState, int, float], Update] | None = None  # the server's own update, of (state, round, lr)
+    peers: Peers | None = None  # of a schedule without a server
+    attack: Behaviour = field(default_factory=Honest)  # what hostile peers send each other
     fleet: Fleet = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,6 +114,10 @@ class World:
     @property
     def number(self) -> int:
         return len(self.nodes)
+
+    @property
+    def max_update_norm(self) -> float:
+        return np.inf if self.validator.max_norm is None else self.validator.max_norm
 
     @property
     def wall(self) -> WallFleet | None:
@@ -139,7 +171,9 @@ class World:
         return TrainRequest(client, round, server.version, state, server.layout.hash, header, every)
 
     def evaluate_request(self, client: int, server: ServerState) -> EvaluateRequest:
-        """The request to evaluate ``server``'s state on the client's own test set."""
+        """The request to evaluate ``server``'s state, or among peers the client's own, on the client's own test set."""
+        if self.peers is not None:
+            server = server.replace(vector=self.peers.states[client])
         state, header = self.downlink.request(server, client, None)
         return EvaluateRequest(client, server.round, server.version, state, server.layout.hash, header)
 
@@ -200,6 +234,17 @@ class World:
                 pause_s = min(1.0, pause_s * 1.5)
         return replies, sent
 
+    def query(self, requests: Sequence[PeerRequest]) -> list[TrainReply | Rejection]:
+        """What the peers answer to ``requests``, one each, in their order, checked."""
+        asked = {r.client: r for r in requests}
+        if len(asked) < len(requests):
+            raise ValueError("one request to a peer at a time")
+        silent = Rejection(Reason.ERROR, "no reply")
+        answers: dict[int, TrainReply | Rejection] = {}
+        for client, reply in self.ask(requests)[0]:
+            answers.setdefault(client, self.validator.check(reply, asked[client]))
+        return [answers.get(r.client, silent) for r in requests]
+
 
 def client_event(
     *, round: int, version: int, client: int, time: int, staleness: int, bytes_down: int, bytes_up: int,
@@ -243,6 +288,11 @@ class Schedule(ABC):
     # Whether every update of a round is from a client that the round asked, and no client has two in it: what counting
     # on the sampling, on sums of a round, or on stages around its training needs.
     in_rounds: ClassVar[bool] = False
+    # Whether there is no server: every client is a peer with a state of its own. ``graph`` is then who hears whom under
+    # ``topology=auto``, and ``crafts`` whether hostile peers may send others than their models.
+    decentral: ClassVar[bool] = False
+    graph: ClassVar[str] = "ring"
+    crafts: ClassVar[bool] = False
     staleness: ClassVar[Staleness] = Constant()  # the schedule's own, under ``aggregator.staleness=auto``
 
     def check(self, settings: Settings) -> None:  # noqa: B027  (most go with everything)
@@ -251,6 +301,14 @@ class Schedule(ABC):
     def rule(self, chosen: Staleness) -> Staleness:
         """The rule for stale updates: ``chosen``, or the schedule's own."""
         return self.staleness if isinstance(chosen, Auto) else chosen
+
+    def part(self, experiment: Experiment) -> PeerPart | None:
+        """What the nodes do beside training under this schedule."""
+        return None
+
+    def expects(self, request: Request) -> Mapping[str, tuple[str, int]]:
+        """The arrays in the reply to a `PeerRequest`: their types, and their lengths (-1: any)."""
+        return {}
 
     def participations(self) -> int | None:
         """How many jobs one client can be asked for in the whole run, at most; None: there is no bound."""

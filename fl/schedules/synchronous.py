@@ -151,8 +151,11 @@ class Synchronous(Schedule):
         totals.update(exchange.costs)
         collected = world.guard.collect(server, updates, round, lr)
         if collected:
+            clients = collected
+            if world.root is not None:
+                collected = [world.root(server, round, lr), *collected]
             new = world.aggregator.aggregate(server, collected, world.optimizer)
-            if world.measure_error and collected == updates:
+            if world.measure_error and clients == updates:
                 error = relative_error(server, updates, world.aggregator.shares(updates), new)
             new = world.accept(server, new)
         moved = float(np.linalg.norm(new.vector.astype(np.float64) - server.vector.astype(np.float64)))

@@ -1,0 +1,1 @@
+"""Methods without a server and without rounds: states of all peers, events on clocks, and nothing of Flower."""

@@ -1,0 +1,166 @@
+"""Peers: clients without a server, each with a state of its own, a graph of links, and its own time.
+
+Each peer is a client behind the Flower grid: it is sent its own state, trains from it, and answers with its change. The
+states of all peers lie stacked ``(n, d)`` with whoever drives the clock, so that mixing them is one matrix product.
+What a link carries is counted from the message that the peers would exchange, serialised, and its time comes from the
+links' own latency, bandwidth and queues (`fl.topology.links`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fl.messages import PeerRequest, TrainReply, payload_bytes
+from fl.state import ServerState, Update
+from fl.topology.links import Links
+from fl.validation import Reason, Rejection
+
+if TYPE_CHECKING:
+    from fl.network import Network
+    from fl.schedules.base import World
+    from fl.topology.base import Graph, Topology
+
+_COLUMNS = 8192  # summed at a time in float64
+
+
+@dataclass(frozen=True, eq=False)
+class PeerJob:
+    """Training of one peer: its job number ``job``, from ``start`` ``(d,)``, with the groups of the round ``phase``."""
+
+    peer: int
+    job: int
+    start: np.ndarray
+    lr: float
+    phase: int
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What came of a job: an accepted update with its reply, or why there is none."""
+
+    job: PeerJob
+    outcome: TrainReply | Rejection
+    update: Update | None
+
+    def row(self) -> np.ndarray:
+        """The update ``(d,)`` in the type of the start; zeros where nothing trained, or nothing came."""
+        row = np.zeros_like(self.job.start)
+        if self.update is not None:
+            row[slice(None) if self.update.columns is None else self.update.columns] = self.update.vector
+        return row
+
+
+@dataclass
+class Peers:
+    """The peers of one run. ``states`` ``(n, d)``, float32 as the server's; ``ready`` ``(n,)`` the tick at which each is free;
+    ``traffic`` ``(n, n)`` int64 the bytes from row to column so far; ``hostile`` those whose models don't count."""
+
+    topology: Topology
+    seed: int
+    states: np.ndarray
+    ready: np.ndarray
+    traffic: np.ndarray
+    hostile: frozenset[int] = frozenset()
+    _sizes: dict[tuple, int] = field(default_factory=dict)
+    _links: Links | None = None
+    _before: dict[str, Any] = field(default_factory=dict)  # what the links' queues held in the checkpoint
+
+    @classmethod
+    def of(cls, server: ServerState, topology: Topology, seed: int, number: int, hostile: frozenset[int]) -> Peers:
+        """``number`` peers that all begin with the state of ``server``."""
+        states = np.repeat(server.vector[None], number, axis=0)
+        zeros = np.zeros((number, number), np.int64)
+        return cls(topology, seed, states, np.zeros(number, np.int64), zeros, hostile)
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    @property
+    def honest(self) -> np.ndarray:
+        """The peers that are not hostile, ascending."""
+        return np.array([p for p in range(len(self)) if p not in self.hostile], np.int64)
+
+    def graph(self, round: int) -> Graph:
+        """Who hears whom in ``round``."""
+        return self.topology.graph(len(self), self.seed, round)
+
+    def mean(self) -> np.ndarray:
+        """``xbar`` ``(d,)`` float64: the mean of the honest peers' states."""
+        return mean_and_consensus(self.states[self.honest] if self.hostile else self.states)[0]
+
+    def consensus(self) -> float:
+        """``sqrt(mean_i ||x_i - xbar||^2)`` over the honest peers."""
+        return mean_and_consensus(self.states[self.honest] if self.hostile else self.states)[1]
+
+    def train(self, world: World, jobs: Sequence[PeerJob]) -> list[Trained]:
+        """The jobs, each of another peer, done in one exchange; what came of them in their order."""
+        server = world.server
+        requests = {
+            j.peer: world.train_request(j.peer, j.job, j.lr, server.replace(vector=j.start), phase=j.phase)
+            for j in jobs
+        }
+        if len(requests) < len(jobs):
+            raise ValueError("one job of a peer at a time")
+        answers: dict[int, TrainReply | Rejection] = {}
+        for peer, message in world.ask(list(requests.values()))[0]:
+            answers.setdefault(peer, world.validator.check(message, requests[peer]))
+        out = []
+        for job in jobs:
+            outcome = answers.get(job.peer, Rejection(Reason.ERROR, "no reply"))
+            good = isinstance(outcome, TrainReply)
+            update = (
+                world.update(outcome, server, 0, 0, job.phase) if isinstance(outcome, TrainReply) and good else None
+            )
+            out.append(Trained(job, outcome, update))
+        return out
+
+    def size(self, layout: str, arrays: Mapping[str, tuple[str, int]]) -> int:
+        """Bytes of one message between peers that carries ``arrays`` (type and length of each)."""
+        key = tuple(arrays.items())
+        if key not in self._sizes:
+            made = {name: np.zeros(length, dtype) for name, (dtype, length) in arrays.items()}
+            request = PeerRequest(1, 1, 1, np.zeros(0, np.float32), layout, {}, made)
+            self._sizes[key] = payload_bytes(request.to_record())
+        return self._sizes[key]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """For a checkpoint, undone by `restore`."""
+        return {"peers/states": self.states, "peers/ready": self.ready, "peers/traffic": self.traffic}
+
+    def state(self) -> dict[str, Any]:
+        """The plain values beside `arrays`."""
+        return self._before if self._links is None else self._links.state()
+
+    def queues(self, network: Network) -> Links:
+        """The links, with what is still on them."""
+        if self._links is None:
+            self._links = Links(self.topology, network, self.seed, len(self))
+            if self._before:
+                self._links.restore(self._before)
+        return self._links
+
+    def restore(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any] | None = None) -> None:
+        """Undo `arrays` and `state`."""
+        self._before, self._links = dict(state or {}), None
+        self.states = np.array(arrays["peers/states"])
+        self.ready, self.traffic = np.array(arrays["peers/ready"]), np.array(arrays["peers/traffic"])
+
+    def links(self) -> list[list[int]]:
+        """``[from, to, bytes]`` of every link that has carried something."""
+        src, dst = np.nonzero(self.traffic)
+        return [[int(a), int(b), int(self.traffic[a, b])] for a, b in zip(src, dst)]
+
+
+def mean_and_consensus(states: np.ndarray) -> tuple[np.ndarray, float]:
+    """The mean ``(d,)`` float64 of ``states`` ``(n, d)``, and their root mean squared distance to it."""
+    mean, total = np.empty(states.shape[1]), 0.0
+    for low in range(0, states.shape[1], _COLUMNS):
+        part = states[:, low : low + _COLUMNS]
+        mean[low : low + _COLUMNS] = centre = part.mean(axis=0, dtype=np.float64)
+        gap = part - centre.astype(part.dtype)
+        total += float(np.einsum("ij,ij->", gap, gap, dtype=np.float64))
+    return mean, float(np.sqrt(total / len(states)))

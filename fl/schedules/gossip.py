@@ -1,0 +1,285 @@
+"""Rounds without a server: every peer trains from its own state, exchanges with its neighbours, and mixes.
+
+There is no common barrier: a peer begins a round when all that it waits for has arrived, so a slow one holds up its
+neighbours first and the others through them. With ``t_i`` the tick at which peer i is free::
+
+    done_i = t_i + its work,    t_i' = max(done_i, max_{j in N(i)} arrival of j's message of this round)
+
+A peer that is away, is lost, or whose training failed is left out for the round: it keeps its state, and so does the
+mean of all (`fl.mixing`). The state that is evaluated and saved is the mean of the honest peers' states; the peers'
+own are evaluated beside it (``evaluation.peers``).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+
+from aggregators.combining import Combining
+from aggregators.fedavg import FedAvg
+from aggregators.robust.trust import FoolsGold
+from clients.behaviours.none import Honest
+from fl.clock import ticks
+from fl.config import setting
+from fl.errors import ConfigError, RunStopped
+from fl.messages import TrainReply
+from fl.mixing import Mixing
+from fl.network import WallClock
+from fl.peers import PeerJob, Peers, Trained
+from fl.schedules.base import Event, Parts, Schedule, World, client_event
+from fl.validation import Reason, Rejection
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass
+class Round:
+    """One round as its schedule sees it: who hears whom, what came of training, and what is sent and heard.
+
+    ``updates`` ``(n, d)`` are the peers' changes, zero for the ``lost``; ``done`` ``(n,)`` ticks.
+    """
+
+    world: World
+    peers: Peers
+    number: int
+    lr: float
+    mixing: Mixing
+    updates: np.ndarray
+    done: np.ndarray
+    sent: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # bytes (n, 2): up, down
+    rejected: Counter[str] = field(default_factory=Counter)
+
+    @cached_property
+    def columns(self) -> np.ndarray:
+        """The columns ``(m,)`` that travel: of all tensors that train in some round."""
+        space = self.world.server.space
+        return space.columns({group for phase in space.phases for group in phase})
+
+    def hostile(self, attack: Any) -> list[int]:
+        """The peers that send others than their models in this round, and are heard."""
+        if not attack.crafts or self.number < attack.from_round:
+            return []
+        return sorted(self.peers.hostile - self.mixing.lost)
+
+
+@dataclass(frozen=True)
+class Gossip(Schedule):
+    """What the schedules share that go in rounds over a graph; ``rounds`` is how often each peer mixes."""
+
+    until_s: float | None = setting(None, gt=0, help="virtual seconds after which the run ends; null: after rounds")
+
+    decentral = True
+    # Whether any robust rule may stand in place of the average.
+    robust: ClassVar[bool] = False
+
+    def participations(self) -> int | None:
+        return self.rounds
+
+    def check(self, settings: Any) -> None:
+        check_peers(self, settings)
+
+    @abstractmethod
+    def payload(self, size: int) -> Mapping[str, tuple[str, int]]:
+        """The arrays of one message to a neighbour (type and length), of peers whose models have ``size`` numbers."""
+
+    @abstractmethod
+    def mix(self, round: Round, memory: Arrays) -> None:
+        """Set ``round.peers.states`` (new arrays) and ``memory`` after an exchange with the neighbours."""
+
+    def starts(self, peers: Peers, memory: Arrays) -> np.ndarray:
+        """Where the peers train from, ``(n, d)``."""
+        return peers.states
+
+    def mean(self, peers: Peers, memory: Arrays) -> np.ndarray:
+        """The mean that stands for all peers, ``(d,)``."""
+        return peers.mean()
+
+    def check_graph(self, world: World, peers: Peers) -> None:
+        """Raise `ConfigError` for a graph that this schedule can't go over."""
+        assert isinstance(world.aggregator, Combining)
+        smallest = min(len(peers.graph(1).neighbours(p)) for p in range(len(peers)))
+        check_neighbourhoods(world.aggregator, smallest, smallest)
+
+    def run(self, world: World) -> Iterator[Event]:
+        peers = world.peers
+        assert peers is not None
+        memory: Arrays = {}
+        if world.kept is not None:
+            peers.restore(*world.kept)
+            memory |= {n.removeprefix("gossip/"): a for n, a in world.kept[0].items() if n.startswith("gossip/")}
+
+        def keep() -> Parts:
+            return peers.arrays() | {f"gossip/{n}": a for n, a in memory.items()}, peers.state()
+
+        world.keep = keep
+        self.check_graph(world, peers)
+        end = None if self.until_s is None else ticks(self.until_s)
+        while world.server.round < self.rounds and (end is None or world.clock.now < end):
+            reason = world.guard.stopped()
+            if reason is not None:
+                stop = {"event": "stop", "round": world.server.round, "virtual_s": world.clock.now_s, "reason": reason}
+                yield stop
+                break
+            yield from self._round(world, peers, memory, world.server.round + 1)
+        yield {"event": "links", "round": world.server.round, "links": peers.links()}
+
+    def _round(self, world: World, peers: Peers, memory: Arrays, number: int) -> Iterator[Event]:
+        n, lr = len(peers), world.local.lr_at(number, self.rounds)
+        starts, began = self.starts(peers, memory), peers.ready.copy()
+        present = [p for p in range(n) if world.fleet.available(p, int(began[p]))]
+        if not present:
+            raise RunStopped(f"No peer is available in round {number}. Raise network.availability.")
+        trained = peers.train(world, [PeerJob(p, number, starts[p], lr, number) for p in present])
+        world.validator.forget(number)
+        done, outcomes = began.copy(), {}
+        for t in trained:
+            steps = t.outcome.steps if isinstance(t.outcome, TrainReply) else 0
+            times = world.fleet.job(t.job.peer, number, steps, 0, 0)
+            lost = times.dropped_at is not None
+            done[t.job.peer] += times.dropped_at if times.dropped_at is not None else times.compute
+            outcomes[t.job.peer] = Rejection(Reason.ERROR, "its work was lost on the way") if lost else t.outcome
+        fit = [t for t in trained if isinstance(outcomes[t.job.peer], TrainReply)]
+        out = frozenset(range(n)) - {t.job.peer for t in fit}
+        graph = peers.graph(number)
+        updates = np.zeros_like(peers.states)
+        for t in fit:
+            updates[t.job.peer] = t.row()
+        round = Round(world, peers, number, lr, Mixing(graph, out), updates, done)
+        round.sent = np.zeros((n, 2), np.int64)
+        peers.ready = done.copy()
+        before = world.server.vector.astype(np.float64)
+        self.mix(round, memory)
+        if len(round.columns) < updates.shape[1]:
+            # What never trains is the same everywhere, and no average may round it.
+            still = np.ones(updates.shape[1], bool)
+            still[round.columns] = False
+            peers.states[:, still] = world.server.vector[still]
+        mean = self.mean(peers, memory)
+        if not np.isfinite(mean).all():
+            raise RunStopped(
+                f"The peers' models are no longer finite after round {number}: the steps grew without bound. Lower "
+                "local.lr, or use a robust rule (aggregator.combine) where some are hostile."
+            )
+        world.clock.advance(max(int(peers.ready.max()), world.clock.now))
+        new = world.server.replace(vector=mean.astype(world.server.vector.dtype), version=world.server.version + 1, round=number)
+        world.server = new
+        for t in trained:
+            yield _client_event(round, t, outcomes[t.job.peer], int(began[t.job.peer]))
+        yield self._event(round, outcomes, float(np.linalg.norm(mean - before)))
+
+    def _event(self, round: Round, outcomes: Mapping[int, TrainReply | Rejection], moved: float) -> Event:
+        good = [o for o in outcomes.values() if isinstance(o, TrainReply)]
+        rejected = Counter(o.reason.value for o in outcomes.values() if isinstance(o, Rejection)) + round.rejected
+        losses = [o.loss for o in good if o.loss is not None]
+        world = round.world
+        return {
+            "event": "round",
+            "round": round.number,
+            "version": world.server.version,
+            "virtual_s": world.clock.now_s,
+            "sampled": len(outcomes),
+            "accepted": len(good),
+            "rejected": dict(sorted(rejected.items())),
+            "bytes_down": int(round.sent[:, 1].sum()),
+            "bytes_up": int(round.sent[:, 0].sum()),
+            "client_steps": sum(o.steps for o in good),
+            "tokens": sum(o.tokens for o in good),
+            "loss": float(np.mean(losses)) if losses else None,
+            "update_norm": moved,
+            "bytes_once": 0,
+            "aggregation_error": None,
+            "epsilon": world.guard.epsilon,
+            "staleness": 0.0,
+            "live_versions": len(round.peers),
+            "consensus": round.peers.consensus(),
+            "bytes_links": int(round.sent[:, 0].sum()),
+        }
+
+
+def exchange(
+    round: Round, payload: Mapping[str, tuple[str, int]], edges: Sequence[tuple[int, int]] | None = None
+) -> dict[tuple[int, int], int]:
+    """Send one message of ``payload`` over every link of the round (or the ``edges``, from and to): counts the bytes
+    and returns the ticks at which they arrive."""
+    peers, lost = round.peers, round.mixing.lost
+    if edges is None:
+        edges = [(int(j), i) for i in range(len(peers)) if i not in lost for j in round.mixing.heard(i)]
+    size = peers.size(round.world.server.layout.hash, payload)
+    arrived = peers.queues(round.world.network).send([(src, dst, int(round.done[src]), size) for src, dst in edges])
+    src, dst = np.array([e[0] for e in edges], np.int64), np.array([e[1] for e in edges], np.int64)
+    np.add.at(peers.traffic, (src, dst), size)
+    n = len(peers)
+    round.sent += size * np.stack([np.bincount(src, minlength=n), np.bincount(dst, minlength=n)], axis=1)
+    return arrived
+
+
+def wait_for_all(round: Round, arrived: Mapping[tuple[int, int], int]) -> None:
+    """Every peer waits for all the messages that are on their way to it."""
+    for (_, dst), when in arrived.items():
+        round.peers.ready[dst] = max(round.peers.ready[dst], when)
+
+
+def check_peers(schedule: Schedule, settings: Any) -> None:
+    """Raise `ConfigError` for what peers have no place for."""
+    name = type(schedule).__name__
+
+    def need(key: str, value: Any, right: bool, allowed: str, way_out: str = "") -> None:
+        if not right:
+            shown = value if isinstance(value, int | float | str | None) else type(value).__name__
+            raise ConfigError(key, shown, f"{allowed} under {name}", way_out)
+
+    s, rule, attack = settings, settings.aggregator, settings.attack
+    need("aggregator", rule, type(rule) is FedAvg, "fedavg: a peer mixes models itself (aggregator.combine)")
+    if not rule.plain:
+        robust = getattr(schedule, "robust", False)
+        need(
+            "aggregator.combine", rule.combine, robust, "auto: no robust form is known", "Use schedule=dpsgd or monna."
+        )
+        need("aggregator.space", rule.space, rule.space == "factors", "factors")
+        alone = not rule.combine.root and not isinstance(rule.combine, FoolsGold)
+        need("aggregator.combine", rule.combine, alone, "a rule without a server's own data or memory")
+    need("aggregator.staleness", rule.staleness, type(schedule.rule(rule.staleness)).__name__ == "Constant", "auto")
+    need("server_optimizer", s.server_optimizer, s.server_optimizer.plain, "sgd with lr 1: there is no server")
+    need("secure_aggregation", s.secure_aggregation, not s.secure_aggregation.active, "none: there is no sum")
+    need("adapter.rank", getattr(s.adapter, "rank", None), not s.adapter.mixed_ranks, "one rank for all peers")
+    need("network", s.network, not isinstance(s.network, WallClock), "a model of time")
+    need(
+        "clients.per_round", s.clients.per_round, s.clients.per_round in (None, s.clients.number), "null: all take part"
+    )
+    error = s.evaluation.aggregation_error
+    need("evaluation.aggregation_error", error, not error, "false")
+    if not isinstance(attack, Honest) and attack.crafts:
+        need("attack", attack, schedule.crafts, "none, or one on data", "Use schedule=dpsgd or monna.")
+    start = s.adapter.initialisation
+    alone = start is None or getattr(start, "source", "") in ("", "public", "base")
+    need("adapter/init", start, alone, "one from the base or from public data")
+
+
+def check_neighbourhoods(rule: Combining, heard: int, smallest: int) -> None:
+    """Raise `ConfigError` where ``heard`` others are too few for a robust rule.
+
+    ``smallest`` is how many neighbours the peer has that has fewest."""
+    if rule.plain:
+        return
+    try:
+        rule.check_round(heard + 1)
+    except ConfigError as error:
+        raise ConfigError(
+            error.key, error.value, f"{error.allowed}; a peer with {smallest} neighbours combines {heard + 1} models",
+            "Use a denser topology (topology=complete) or a smaller aggregator.f.",
+        ) from error  # fmt: skip
+
+
+def _client_event(round: Round, trained: Trained, outcome: TrainReply | Rejection, began: int) -> Event:
+    peer = trained.job.peer
+    return client_event(
+        round=round.number, version=round.world.server.version - 1, client=peer, time=int(round.peers.ready[peer]),
+        staleness=0, bytes_down=int(round.sent[peer, 1]), bytes_up=int(round.sent[peer, 0]), reply=trained.outcome,
+        taken=outcome, phases=(began, began, int(round.done[peer])),
+    )  # fmt: skip
