@@ -180,9 +180,12 @@ class Shared:
     bases: dict[tuple, Base] = field(default_factory=dict)
     prefixes: dict[tuple, dict[str, torch.Tensor]] = field(default_factory=dict)
 
-    def prefix(self, settings: Settings, plan: Plan, cut: int) -> dict[str, torch.Tensor]:
+    def prefix(
+        self, settings: Settings, plan: Plan, cut: int, sets: Mapping[str, TokenData]
+    ) -> dict[str, torch.Tensor]:
         """The hidden states that enter layer ``cut``, by set; empty until a run has computed them. One choice's."""
-        key = (repr(settings.data), settings.model.fingerprint(), plan.dtype, plan.attention, plan.device, cut)
+        held = tuple((name, data.fingerprint) for name, data in sets.items())
+        key = (held, settings.model.fingerprint(), plan.dtype, plan.attention, plan.device, cut)
         if key not in self.prefixes:
             self.prefixes = {key: {}}
         return self.prefixes[key]
@@ -228,6 +231,14 @@ class Experiment:
         affected = s.attack.affected(len(data), s.seed)
         poison = s.attack.poison(data.train, data.test, data.parts, affected, s.seed)
         return data if poison is None else replace(data, train=poison.train, poison=poison)
+
+    @property
+    def tests(self) -> dict[str, TokenData]:
+        """What `central` evaluates on, by name: the central test set, and that of a backdoor's trigger."""
+        poison = self.data.poison
+        if poison is None or poison.triggered is None:
+            return {"test": self.data.test}
+        return {"test": self.data.test, "triggered": poison.triggered}
 
     @property
     def per_round(self) -> int:
@@ -277,9 +288,7 @@ class Experiment:
         """The trainer under the chosen plan; owns worker processes, so `close` it."""
         plan = self.plan or self.choose_plan()
         cohort = self.cohort(plan.torch_dtype, plan.attention, plan.device)
-        sets = {"train": self.data.train, "test": self.data.test}
-        if self.data.poison is not None and self.data.poison.triggered is not None:
-            sets["triggered"] = self.data.poison.triggered
+        sets = {"train": self.data.train, **self.tests}
         worker = Worker(cohort, sets, self.settings.local, self.settings.seed, self._prefix(cohort, sets))
         self._trainer = Trainer(worker, plan)
         return self._trainer
@@ -298,7 +307,7 @@ class Experiment:
             cache.remove()
             return None
         assert self.plan is not None
-        known = self.shared.prefix(self.settings, self.plan, cache.cut)
+        known = self.shared.prefix(self.settings, self.plan, cache.cut, sets)
         if not known:
             self.note(f"Computing the {cache.cut} frozen layers below the first adapter once ({size / 1e6:.0f} MB) ...")
         cache.fill(known)

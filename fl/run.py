@@ -236,7 +236,7 @@ def _claim(experiment: Experiment) -> dict[str, Any]:
 
 
 def _described(experiment: Experiment, summary: dict[str, Any]) -> dict[str, Any]:
-    cohort = experiment.trainer.worker.cohort
+    cohort, settings = experiment.trainer.worker.cohort, experiment.settings
     plan = experiment.trainer.plan
     frozen = sum(p.numel() for p in cohort.model.parameters())
     return {
@@ -246,6 +246,7 @@ def _described(experiment: Experiment, summary: dict[str, Any]) -> dict[str, Any
         "total_parameters": frozen + cohort.layout.size,
         "engine": plan.settings(),
         "partition": summary,
+        "topology": settings.graph.about(len(experiment.data), settings.seed) if settings.schedule.decentral else None,
     }
 
 

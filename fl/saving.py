@@ -123,7 +123,7 @@ def _own(experiment: Experiment, server: ServerState) -> dict[str, Any]:
 
 def _evaluate(experiment: Experiment, cohort: Cohort, vector: np.ndarray, base: Change | None = None) -> dict[str, Any]:
     plan = experiment.trainer.plan
-    worker = Worker(cohort, {"test": experiment.data.test}, experiment.settings.local, experiment.settings.seed)
+    worker = Worker(cohort, experiment.tests, experiment.settings.local, experiment.settings.seed)
     whole = Plan(plan.device, "float32", "sdpa", 1, plan.workers, plan.threads)
     trainer = Trainer(worker, whole)
     try:

@@ -208,7 +208,14 @@ class Server:
             values.append(known[key])
         honest = [values[p] for p in world.peers.honest]
         mean, std, worst = metrics.spread(honest, higher_is_better=name == "accuracy")
-        return {"metric": name, "mean": mean, "std": std, "worst_decile": worst, "per_client": values}
+        return {
+            "metric": name,
+            "mean": mean,
+            "std": std,
+            "worst_decile": worst,
+            "per_client": values,
+            "hostile": sorted(world.peers.hostile),
+        }
 
     def _per_client(self, world: World) -> Event | None:
         requests = [world.evaluate_request(c, world.server) for c in range(world.number)]

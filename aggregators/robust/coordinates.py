@@ -25,7 +25,7 @@ from aggregators.robust.nearest import krum_order
 from aggregators.robust.ordering import ascending, in_order
 from fl.errors import RunStopped
 
-_BLOCK = 262_144  # numbers that are sorted at a time: 1 MiB of float32, a core's second cache
+_BLOCK = 524_288  # numbers that are sorted at a time: 2 MiB of float32
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class CoordinateRule(Rule):
             elif mixing is not None:
                 block = mixing.to(rows.device) @ block.to(torch.float64)
             out[part] = self.reduce(block, weights, f)
-        if not bool(torch.isfinite(out).all()):
+        if not bool(torch.isfinite(out.sum())):
             raise RunStopped(
                 f"{type(self).__name__} met updates that are not finite (NaN or infinite). Refuse such updates before "
                 "they are combined."
@@ -100,7 +100,7 @@ class TrimmedMean(CoordinateRule):
 
     def reduce(self, block: Tensor, weights: np.ndarray, f: int) -> Tensor:
         values = ascending(block)
-        return proper(values, values[f : len(values) - f].sum(dim=0, dtype=torch.float64) / (len(values) - 2 * f))
+        return proper(values, total(values[f : len(values) - f]) / (len(values) - 2 * f))
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,11 @@ class Bulyan(CoordinateRule):
         return around_median(ascending(block), 2 * f)
 
 
+def total(values: Tensor) -> Tensor:
+    """The sum of each column of ``values`` ``(k, c)``, float64."""
+    return values.sum(dim=0, dtype=torch.float64)
+
+
 def middle(values: Tensor) -> Tensor:
     """The median of each column of sorted ``values`` ``(k, c)``, float64."""
     k = len(values)
@@ -142,22 +147,18 @@ def middle(values: Tensor) -> Tensor:
 def around_median(values: Tensor, drop: int) -> Tensor:
     """The mean of the k - drop values of each sorted column ``(k, c)`` that are nearest to its median, float64.
 
+    ``values`` is used up.
+
     They are neighbours: the window of that many values starts at t, the number of starts s with
     ``x_(s + keep) - median < median - x_(s)``, since moving on from s changes one end for the other. Of two equally
     near values the smaller is taken. Values outside are left out of the sum, not taken from it, as they may be huge.
     """
     keep = len(values) - drop
-    centre = middle(values)
-    moves = [values[s + keep].to(torch.float64) - centre < centre - values[s].to(torch.float64) for s in range(drop)]
-    total = torch.zeros_like(centre)
-    for j in range(len(values)):
-        value = values[j].to(torch.float64)
-        if j < drop:
-            value = value.masked_fill(moves[j], 0.0)  # the window starts beyond it
-        if j >= keep:
-            value = value.masked_fill(~moves[j - keep], 0.0)  # the window ends before it
-        total += value
-    return proper(values, total / keep)
+    centre = middle(values)  # (c,)
+    moves = values[keep:].to(torch.float64) - centre < centre - values[:drop].to(torch.float64)  # (drop, c)
+    values[:drop].masked_fill_(moves, 0.0)  # the window starts beyond these
+    values[keep:].masked_fill_(~moves, 0.0)  # it ends before these
+    return centre * 0 + total(values) / keep  # with the centre's NaN where a value is not finite
 
 
 def proper(values: Tensor, result: Tensor) -> Tensor:

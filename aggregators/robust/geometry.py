@@ -21,10 +21,13 @@ from aggregators.robust.base import medoid, squared_distances, typical
 from fl.errors import RunStopped
 
 _BLOCK = 131_072  # float64 numbers of all rows that are worked on at a time: 1 MiB, a core's second cache
-_SAMPLE = 4_096  # columns on which a centre is looked for
+_SAMPLE = 1_024  # columns on which a centre is looked for
 _PASSES = 4
 # The squared distance of the majority from the centre, in terms of its own: more costs more than 4 of 16 digits.
 _NEAR = 1e4
+# Squared distances in terms of squared norms: where none is smaller, products in float32 leave some 5 digits of each.
+_APART = 1e-2
+_SAME = 1e-12
 
 
 class Geometry(ABC):
@@ -36,6 +39,14 @@ class Geometry(ABC):
     @abstractmethod
     def gram(self) -> Tensor:
         """``<p_i - c, p_j - c>`` ``(N, N)`` float64 on the CPU, with N = number + 1, about some point c."""
+
+
+def _apart(gram: Tensor, first: list[int]) -> bool:
+    """Whether no two points that differ are much nearer to each other than to the centre."""
+    seen = sorted(set(first))
+    own = gram[seen][:, seen].numpy()
+    norms = np.diag(own)
+    return bool((squared_distances(own) >= _APART * (norms[:, None] + norms) * (1 - np.eye(len(seen)))).all())
 
 
 def _finite(gram: Tensor) -> Tensor:
@@ -56,17 +67,37 @@ class Dense(Geometry):
 
     @cached_property
     def gram(self) -> Tensor:
-        step = self.rows.shape[1] // _SAMPLE
-        start = 0
-        if step > 1:
-            start = Dense(self.rows[:, ::step], [e[::step] for e in self.extra])._settled(0)[1]
-        return self._settled(start)[0]
+        step = max(1, self.rows.shape[1] // _SAMPLE)
+        some = Dense(self.rows[:, ::step].contiguous(), [vector[::step] for vector in self.extra])
+        look, centre = some._settled(0, list(range(self.number + 1)))
+        if step == 1:
+            return look
+        first = self._first(look)
+        if _apart(look, first) and all(x.dtype != torch.float64 for x in (self.rows, *self.extra)):
+            gram = self._about(centre, first, torch.float32)
+            if bool(torch.isfinite(gram).all()) and _apart(gram, first):
+                return gram
+        return self._settled(centre, first)[0]
 
-    def _settled(self, centre: int) -> tuple[Tensor, int]:
+    def _point(self, index: int) -> Tensor:
+        if index == self.number:
+            return torch.zeros_like(self.rows[0])
+        return self.rows[index] if index < len(self.rows) else self.extra[index - len(self.rows)]
+
+    def _first(self, look: Tensor) -> list[int]:
+        """For each point and the origin the first that is equal to it, of those that some columns leave possible."""
+        close = squared_distances(look.numpy()) <= _SAME * look.diagonal().max().item()
+        first = list(range(self.number + 1))
+        for i, j in np.argwhere(np.triu(close, 1)).tolist():
+            if first[j] == j and first[i] == i and torch.equal(self._point(i), self._point(j)):
+                first[j] = i
+        return first
+
+    def _settled(self, centre: int, first: list[int]) -> tuple[Tensor, int]:
         """The inner products about a row of the majority, looked for from row ``centre`` on, and that row."""
         n = len(self.rows)
         for _ in range(_PASSES):
-            gram = self._about(centre)
+            gram = _finite(self._about(centre, first, torch.float64))
             squared = squared_distances(gram[:n, :n].numpy())
             best = medoid(squared)
             if gram[best, best] <= _NEAR * typical(squared)[best]:
@@ -74,18 +105,27 @@ class Dense(Geometry):
             centre = best
         return gram, best
 
-    def _about(self, centre: int) -> Tensor:
-        """``<p_i - p_c, p_j - p_c>`` with c = ``centre``: all points and the origin."""
-        n = len(self.rows)
-        gram = self.rows.new_zeros((self.number + 1, self.number + 1), dtype=torch.float64)
+    def _about(self, centre: int, first: list[int], dtype: torch.dtype) -> Tensor:
+        """``<p_i - p_c, p_j - p_c>`` of all points and the origin, c = ``centre``; equal ones are looked at once.
+
+        Products in ``dtype``, of differences that are rounded once; blocks are added up in float64.
+        """
+        n, device = len(self.rows), self.rows.device
+        seen = sorted(set(first))
+        own = torch.tensor([i for i in seen if i < n], device=device)
+        every = len(own) == n
+        rest = [(k, i) for k, i in enumerate(seen) if i >= n]
+        gram = torch.zeros((len(seen), len(seen)), dtype=torch.float64, device=device)
         for part in blocks(self.rows):
-            points = self.rows.new_zeros((self.number + 1, part.stop - part.start), dtype=torch.float64)
-            points[:n] = self.rows[:, part]
-            for i, vector in enumerate(self.extra):
-                points[n + i] = vector[part]
-            points -= points[centre].clone()
-            gram.addmm_(points, points.T)
-        return _finite(gram.cpu())
+            block = self.rows[:, part]
+            points = torch.empty((len(seen), block.shape[1]), dtype=dtype, device=device)
+            points[: len(own)] = block if every else block.index_select(0, own)
+            for k, i in rest:
+                points[k] = 0 if i == self.number else self.extra[i - n][part]
+            points -= block[centre]
+            gram += points @ points.T
+        where = torch.tensor([seen.index(i) for i in first])
+        return gram.cpu()[where][:, where]
 
     def combination(self, coefficients: Tensor) -> Tensor:
         """``sum_i a_i p_i`` ``(d,)`` float64, of ``coefficients`` ``(N,)``; a point with none is not looked at."""
@@ -93,9 +133,10 @@ class Dense(Geometry):
         chosen = coefficients[:n].nonzero().flatten()
         out = self.rows.new_zeros(self.rows.shape[1], dtype=torch.float64)
         scale = coefficients[chosen].to(self.rows.device)
-        rows = self.rows if len(chosen) == n else self.rows[chosen.to(self.rows.device)]
-        for part in blocks(rows):
-            out[part] = rows[:, part].to(torch.float64).T @ scale
+        chosen = chosen.to(self.rows.device)
+        for part in blocks(self.rows):
+            block = self.rows[:, part]
+            out[part] = (block if len(chosen) == n else block.index_select(0, chosen)).to(torch.float64).T @ scale
         for value, vector in zip(coefficients[n : self.number].tolist(), self.extra, strict=True):
             if value:
                 out += value * vector.to(torch.float64)
@@ -141,7 +182,10 @@ class Factored(Geometry):
 
 
 def blocks(rows: Tensor) -> Iterator[slice]:
-    """Ranges of the columns of ``rows`` ``(n, d)`` that fit a core's cache as float64, of all rows together."""
-    width = max(1_024, _BLOCK // max(1, len(rows)))
+    """Ranges of the columns of ``rows`` ``(n, d)`` that fit a core's cache as float64, of all rows together.
+
+    Sums of more columns than that would lose digits in float32.
+    """
+    width = min(4_096, max(1_024, _BLOCK // max(1, len(rows))))
     for start in range(0, rows.shape[1], width):
         yield slice(start, min(rows.shape[1], start + width))

@@ -43,7 +43,7 @@ def ascending(block: Tensor) -> Tensor:
         return block.sort(dim=0).values
     if len(block) > _NETWORK:
         return torch.from_numpy(np.sort(block.T.contiguous().numpy(), axis=1)).T
-    rows = list(block.contiguous().numpy().copy())
+    rows = list(block.clone(memory_format=torch.contiguous_format).numpy())
     spare = np.empty_like(rows[0])
     for a, b in network(len(rows)):
         np.minimum(rows[a], rows[b], out=spare)

@@ -1,1 +1,1 @@
-"""Methods without a server and without rounds: states of all peers, events on clocks, and nothing of Flower."""
+"""Methods of peers that act at the events of clocks, each in its own time: DADAO, A2CiD2, AD-PSGD."""

@@ -13,6 +13,7 @@ from fl.report.client_plots import partition_picture
 from fl.report.final_plot import final_picture
 from fl.report.frontier import frontier_card
 from fl.report.groups import Group, group, show
+from fl.report.heat_map import attack_card
 from fl.report.load import Collection, Run
 from fl.report.numbers import DASH, describe, human, in_order, spread, write
 from fl.report.pace import common_stretch, pace, pace_columns, pace_notes
@@ -31,7 +32,8 @@ def comparison_page(found: Collection, out: Path) -> tuple[str, list[Picture]]:
     metric = found.runs[0].metric
     key = next((k for k in (metric, "loss") if any(g.statistics(k)[0] for g in groups)), None)
     utility, frontier = frontier_card(groups, key) if key else (None, None)
-    final = final_picture(groups, key) if key and frontier is None else None
+    attacks, heat = attack_card(groups, key) if key else (None, None)
+    final = final_picture(groups, key) if key and frontier is None and heat is None else None
     curves = comparison_curves(groups)
     clients = client_quantiles(groups)
     partitions = partitions_of(groups)
@@ -39,6 +41,7 @@ def comparison_page(found: Collection, out: Path) -> tuple[str, list[Picture]]:
         _header(found, groups),
         _banners(found, groups),
         _tiles(found.runs, groups, key),
+        attacks,
         utility,
         _table_card(groups, key),
         curves_card(groups, curves),
@@ -51,7 +54,7 @@ def comparison_page(found: Collection, out: Path) -> tuple[str, list[Picture]]:
         footer(found.runs[0], (found.sweep or out.parent).resolve()),
     ]
     pictures = [picture for _, some in curves for picture in some]
-    pictures += [p for p in (frontier, final, clients, *partitions) if p is not None]
+    pictures += [p for p in (heat, frontier, final, clients, *partitions) if p is not None]
     return page(f"{found.title}: {len(found.runs)} runs compared", *body), pictures
 
 

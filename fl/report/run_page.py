@@ -14,11 +14,13 @@ from fl.report.load import Run, number
 from fl.report.numbers import compact, describe, human, write
 from fl.report.pace import common_stretch, fluctuation
 from fl.report.page import Markup, card, figure, join, page, table, tabs, tag
+from fl.report.peers import peers_card, peers_pictures
 from fl.report.plots import run_curves, spend_picture
 from fl.report.staleness_plots import staleness_pictures
 from fl.report.style import Picture
 from fl.report.tables import final_rows
 from fl.report.timeline_plot import timeline_picture
+from fl.report.topology_plot import topology_card, topology_picture
 
 REASONS = {  # the reasons of fl.validation, in words
     "unexpected": "nobody had asked for it",
@@ -57,13 +59,16 @@ def run_page(run: Run) -> tuple[str, list[Picture]]:
         audit_card(run),
         _clients_card(run, clients),
         _partition_card(run, held),
+        topology_card(run),
+        peers_card(run),
         card("Timeline", figure(timeline), note=_TIMELINE) if timeline is not None else None,
         _staleness_card(stale),
         settings_card(run),
         footer(run, run.folder),
     ]
     pictures = [picture for _, some in curves for picture in some]
-    pictures += [p for p in (spent, *clients, held, timeline, *stale) if p is not None]
+    around = (topology_picture(run), *peers_pictures(run))
+    pictures += [p for p in (spent, *clients, held, *around, timeline, *stale) if p is not None]
     return page(f"{run.experiment}, seed {run.seed}: {run.status}", *body), pictures
 
 

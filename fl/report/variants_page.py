@@ -20,6 +20,7 @@ from fl.report.comparison_page import (
 from fl.report.final_plot import final_picture
 from fl.report.frontier import frontier_card
 from fl.report.groups import Group, show
+from fl.report.heat_map import attack_card
 from fl.report.load import Collection, Run
 from fl.report.numbers import describe, human, spread
 from fl.report.pace import pace_notes
@@ -48,9 +49,10 @@ def variants_page(found: Collection, out: Path) -> tuple[str, list[Picture]]:
     key = made.metric if any(row.metric.n for row in made.tuned) else None
     points = [Group({"variant": row.variant, **row.settings}, row.runs) for row in made.tuned if row.runs]
     utility, frontier = frontier_card(points, key) if key else (None, None)
-    final = final_picture(groups, key) if key else None
+    attacks, heat = attack_card(points, key) if key else (None, None)
+    final = final_picture(groups, key) if key and heat is None else None
     curves = comparison_curves(best)
-    panels = panels_picture(made.tuned)
+    panels = panels_picture(made.tuned) if heat is None else None
     clients = client_quantiles(best)
     held = _partition([run for group in groups for run in group.runs])
     errors = error_picture(made.tuned)
@@ -58,8 +60,9 @@ def variants_page(found: Collection, out: Path) -> tuple[str, list[Picture]]:
         _header(found, made),
         _banners(found, made),
         _tiles(found, made),
+        attacks,
         utility,
-        _tuned_card(made),
+        _tuned_card(made, folded=heat is not None),
         outcome_cards(key, final, clients, [held] if held else [], "variant"),
         curves_card(best, curves, *([figure(panels)] if panels else [])),
         _time_card(made),
@@ -73,7 +76,7 @@ def variants_page(found: Collection, out: Path) -> tuple[str, list[Picture]]:
         footer(found.runs[0], (found.sweep or out.parent).resolve()),
     ]
     pictures = [picture for _, some in curves for picture in some]
-    pictures += [p for p in (frontier, final, panels, clients, held, errors) if p is not None]
+    pictures += [p for p in (heat, frontier, final, panels, clients, held, errors) if p is not None]
     return page(f"{found.title}: {len(made.tuned)} variants compared", *body), pictures
 
 
@@ -120,10 +123,11 @@ def _tiles(found: Collection, made: Comparison) -> Markup:
     return tag("dl", *tiles, class_="tiles")
 
 
-def _tuned_card(made: Comparison) -> Markup:
+def _tuned_card(made: Comparison, folded: bool = False) -> Markup:
     title = f"Each variant at its own {made.key}" if made.key else "Comparison"
     listed = tag("ul", *[tag("li", note) for note in notes(made)], class_="note")
-    return card(title, *_tables(columns(made), made.tuned), listed)
+    shown = [*_tables(columns(made), made.tuned), listed]
+    return card(title, tag("details", tag("summary", "All tables"), *shown) if folded else join(shown))
 
 
 def _time_card(made: Comparison) -> Markup | None:

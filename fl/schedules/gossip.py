@@ -195,8 +195,8 @@ class Gossip(Schedule):
             "bytes_once": 0,
             "aggregation_error": None,
             "epsilon": world.guard.epsilon,
-            "staleness": 0.0,
-            "live_versions": len(round.peers),
+            "staleness": None,
+            "live_versions": 1,
             "consensus": round.peers.consensus(),
             "bytes_links": int(round.sent[:, 0].sum()),
         }

@@ -132,6 +132,7 @@ class JustOneByte(Schedule):
         for number in range(world.server.round + 1, self.rounds + 1):
             reason = world.guard.stopped()
             if reason is not None:
+                yield mesh.finish(number - 1)
                 yield {"event": "stop", "round": number - 1, "virtual_s": world.clock.now_s, "reason": reason}
                 break
             yield from mesh.round(number)

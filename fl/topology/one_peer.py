@@ -39,7 +39,7 @@ class OnePeerExponential(Topology):
         return True
 
     def phase(self, number: int, passed: int) -> int:
-        return (passed + 1) % len(powers(number)) if number > 1 else 0
+        return passed % len(powers(number)) if number > 1 else 0
 
     def build(self, number: int, seed: int, phase: int) -> Graph:
         return Graph.of(number, circulant(number, [powers(number)[phase]]), directed=True)

@@ -453,8 +453,8 @@ def test_inputs_are_left_alone_and_the_outcome_is_float64(name, dtype, pre):
     weights, own = torch.full((N,), 2.0, dtype=torch.float64), torch.from_numpy(root())
     before = [x.clone() for x in (rows, weights, own)]
     found = robust.combine(rule, pre, F, rows, weights, root=own if rule.root else None)
-    for given, old in zip((rows, weights, own), before, strict=True):
-        assert torch.equal(given, old)
+    for mine, old in zip((rows, weights, own), before, strict=True):
+        assert torch.equal(mine, old)
     assert found.vector.dtype == torch.float64
     # the same as of the same numbers in float64
     wide = robust.combine(rule, pre, F, rows.to(torch.float64), weights, root=own if rule.root else None)

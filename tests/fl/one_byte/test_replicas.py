@@ -157,3 +157,19 @@ def test_a_fingerprint_is_of_the_raw_bytes():
     ones = np.ones(4, np.float32)
     assert fingerprint(ones).shape == (32,)
     assert not np.array_equal(fingerprint(ones), fingerprint(np.array([1, 1, near, 1], np.float32)))
+
+
+@pytest.mark.parametrize("quantiser", ["int8log", "none"])
+def test_many_rounds_come_near_the_mean_of_all_peers_minima(quantiser):
+    replicas = node(3, rounds=400, quantiser=quantiser)
+    go(replicas, [0, 1, 2], 400)
+    right = samples(3).mean(0)
+    assert np.linalg.norm(replicas.replicas[0].state - right) < 0.2 * np.linalg.norm(right)
+
+
+def test_one_byte_goes_where_four_bytes_go():
+    one, four = node(3, quantiser="int8log"), node(3, quantiser="none")
+    go(one, [0, 1, 2], 20)
+    go(four, [0, 1, 2], 20)
+    gap = np.linalg.norm(one.replicas[0].state - four.replicas[0].state)
+    assert 0 < gap < 0.1 * np.linalg.norm(four.replicas[0].state)
