@@ -42,10 +42,13 @@ class Combining(Aggregator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        name = type(self.combine).__name__
         if self.space == "product" and not self.combine.weighs:
-            name = type(self.combine).__name__
             allowed = f"factors: {name} acts on coordinates, and of a product B A there are d times k"
-            raise ConfigError("aggregator.space", "product", allowed, "Use a rule of distances, such as krum or gm.")
+            raise ConfigError("aggregator.space", "product", allowed, "Use a rule of distances, such as krum.")
+        if self.space == "product" and self.combine.stateful:
+            allowed = f"factors: {name} remembers earlier updates, and products are known by inner products only"
+            raise ConfigError("aggregator.space", "product", allowed, "Try aggregator.combine.start=zero.")
 
     @property
     def plain(self) -> bool:

@@ -22,6 +22,7 @@ import numpy as np
 from aggregators.base import ServerOptimizer, finite, in_client_order
 from aggregators.combining import ROOT, Combining, scaled
 from aggregators.factored import head_step, heard, product, stacks, svd
+from aggregators.robust.centres import CenteredClipping
 from fl.config import setting
 from fl.errors import ConfigError
 from fl.state import ServerState, Update
@@ -48,7 +49,10 @@ class FlexLoRA(Combining):
         if not self.combine.weighs:
             name = type(self.combine).__name__
             allowed = f"a rule that weighs updates: {name} acts on coordinates, and a product is not averaged by them"
-            raise ConfigError("aggregator.combine", name, allowed, "Use aggregator=fedavg, or krum, gm, clipping ...")
+            raise ConfigError("aggregator.combine", name, allowed, "Use aggregator=fedavg, or a rule such as krum.")
+        if isinstance(self.combine, CenteredClipping) and self.combine.stateful:
+            allowed = "zero: the last outcome is no update, so it has no product"
+            raise ConfigError("aggregator.combine.start", self.combine.start, allowed)
 
     def aggregate(
         self, server: ServerState, updates: Sequence[Update], optimizer: ServerOptimizer | None = None

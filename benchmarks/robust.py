@@ -12,8 +12,8 @@ median of `--repeats` calls after one to warm up (fewer where they take long), a
 
 ``--byzfl`` is a folder with the unpacked wheel of byzfl 0.0.11 (``pip download --no-deps byzfl``, then unzip). Only its
 aggregators are imported: importing the package whole asks for torchvision, matplotlib and seaborn, so its other parts
-are replaced by empty modules. What it can't do is left out: nearest-neighbour mixing of 100 updates would take 32 GB, the
-subset of least diameter C(100, 20) trials, and centred clipping fails on tensors.
+are replaced by empty modules. What it can't do is left out: nearest-neighbour mixing of 100 updates would take 32 GB,
+the subset of least diameter C(100, 20) trials, and centred clipping fails on tensors.
 
 Updates are normal with a standard deviation of 1e-3; f is a fifth of them. The goal is to be faster than byzfl on every
 shared rule, and `DISTANCES` times on those that compare all updates with each other.
@@ -52,7 +52,7 @@ class Row:
     """A rule and what is done before it; byzfl's class (empty: it has none), which compares all updates or not."""
 
     rule: Rule
-    pre: Pre = NoPre()  # noqa: RUF009 - it is frozen
+    pre: Pre = NoPre()
     byzfl: str = ""
     compares: bool = False
 
@@ -82,11 +82,10 @@ IMPOSSIBLE = {("NNM", 100), ("MDA", 100), ("Meamed", 100)}  # of byzfl: see abov
 FAILS_ON_TENSORS = {"CenteredClipping"}
 
 
-def load(folder: Path | None) -> types.SimpleNamespace | None:
-    """byzfl's aggregators and pre-aggregators from its unpacked wheel; None without a folder."""
-    if folder is None:
-        return None
-    sys.path.insert(0, str(folder))
+def load(folder: Path | None) -> types.SimpleNamespace:
+    """byzfl's aggregators and pre-aggregators, from its unpacked wheel (None: as it is installed)."""
+    if folder is not None:
+        sys.path.insert(0, str(folder))
     for part in ("attacks", "benchmark", "fed_framework"):
         sys.modules[f"byzfl.{part}"] = types.ModuleType(f"byzfl.{part}")
     from byzfl.aggregators import aggregators, preaggregators
@@ -173,7 +172,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # as in a run's parent process
     machine = environment.device_name("cpu")
-    byzfl = load(options.byzfl)
+    byzfl = load(options.byzfl) if options.byzfl else None
     print(f"{options.length:,} float32 numbers an update; CPU ms on one thread; {machine}")
     print(f"   n {'':20}{'rule':>11}{'x mean':>8}{'byzfl np':>11}{'torch':>11}{'x rule':>9}")
     rules = {str(n): measure(n, options.length, options.repeats, byzfl, options.only) for n in options.updates}

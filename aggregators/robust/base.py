@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 class Cloud:
     """k points ``(k, N)`` as affine combinations of the N base points of ``geometry``, with weights ``(k,)``.
 
-    ``origin``, ``root`` and ``centre`` are base points, as coefficients ``(N,)``. All float64, on the CPU.
+    ``origin``, ``root`` and ``centre`` are base points, as coefficients ``(N,)``. All float64, on the CPU. ``plain``:
+    the points are the updates themselves, whose norms need no Gram matrix.
     """
 
     geometry: Geometry
@@ -42,13 +43,15 @@ class Cloud:
     origin: Tensor
     root: Tensor | None = None
     centre: Tensor | None = None
+    plain: bool = False
 
     def __len__(self) -> int:
         return len(self.points)
 
     def mixed(self, matrix: Tensor, weights: np.ndarray | None = None) -> Cloud:
         """The cloud of the combinations ``matrix`` ``(k', k)`` of these points, whose rows add up to one."""
-        return replace(self, points=matrix @ self.points, weights=self.weights if weights is None else weights)
+        weights = self.weights if weights is None else weights
+        return replace(self, points=matrix @ self.points, weights=weights, plain=False)
 
     def mean(self, coefficients: np.ndarray) -> Tensor:
         """``sum_i c_i p_i / sum_i c_i`` of the points, as coefficients ``(N,)`` of the base points."""
@@ -61,6 +64,8 @@ class Cloud:
 
     def squared_from(self, point: Tensor) -> np.ndarray:
         """``||p_i - point||^2`` ``(k,)``; the point as coefficients ``(N,)``."""
+        if self.plain and point is self.origin:
+            return self.geometry.norms[: len(self)]
         differences = self.points - point
         return ((differences @ self.geometry.gram) * differences).sum(dim=1).clamp(min=0).numpy()
 

@@ -142,4 +142,5 @@ def _cloud(
         one_hot(total - 1, total),
         None if root is None else one_hot(root, total),
         None if centre is None else one_hot(centre, total),
+        plain=True,
     )

@@ -20,7 +20,8 @@ from torch import Tensor
 from aggregators.robust.base import medoid, squared_distances, typical
 from fl.errors import RunStopped
 
-_BLOCK = 131_072  # float64 numbers of all rows that are worked on at a time: 1 MiB, a core's second cache
+_BLOCK = 524_288  # numbers of all rows that are worked on at a time
+_SUMMED = 4_096  # columns whose products are added up in float32: more would lose digits
 _SAMPLE = 1_024  # columns on which a centre is looked for
 _PASSES = 4
 # The squared distance of the majority from the centre, in terms of its own: more costs more than 4 of 16 digits.
@@ -39,6 +40,11 @@ class Geometry(ABC):
     @abstractmethod
     def gram(self) -> Tensor:
         """``<p_i - c, p_j - c>`` ``(N, N)`` float64 on the CPU, with N = number + 1, about some point c."""
+
+    @cached_property
+    @abstractmethod
+    def norms(self) -> np.ndarray:
+        """``||p_i||^2`` ``(number,)`` float64."""
 
 
 def _apart(gram: Tensor, first: list[int]) -> bool:
@@ -79,6 +85,14 @@ class Dense(Geometry):
                 return gram
         return self._settled(centre, first)[0]
 
+    @cached_property
+    def norms(self) -> np.ndarray:
+        out = self.rows.new_zeros(len(self.rows), dtype=torch.float64)
+        for part in blocks(self.rows):
+            out += self.rows[:, part].to(torch.float64, copy=True).square_().sum(dim=1)
+        extra = [vector.to(torch.float64).square().sum().cpu() for vector in self.extra]
+        return _finite(torch.cat([out.cpu(), torch.tensor(extra, dtype=torch.float64)])).numpy()
+
     def _point(self, index: int) -> Tensor:
         if index == self.number:
             return torch.zeros_like(self.rows[0])
@@ -116,7 +130,7 @@ class Dense(Geometry):
         every = len(own) == n
         rest = [(k, i) for k, i in enumerate(seen) if i >= n]
         gram = torch.zeros((len(seen), len(seen)), dtype=torch.float64, device=device)
-        for part in blocks(self.rows):
+        for part in blocks(self.rows, _SUMMED):
             block = self.rows[:, part]
             points = torch.empty((len(seen), block.shape[1]), dtype=dtype, device=device)
             points[: len(own)] = block if every else block.index_select(0, own)
@@ -131,12 +145,13 @@ class Dense(Geometry):
         """``sum_i a_i p_i`` ``(d,)`` float64, of ``coefficients`` ``(N,)``; a point with none is not looked at."""
         n = len(self.rows)
         chosen = coefficients[:n].nonzero().flatten()
-        out = self.rows.new_zeros(self.rows.shape[1], dtype=torch.float64)
+        out = self.rows.new_empty(self.rows.shape[1], dtype=torch.float64)
         scale = coefficients[chosen].to(self.rows.device)
         chosen = chosen.to(self.rows.device)
         for part in blocks(self.rows):
             block = self.rows[:, part]
-            out[part] = (block if len(chosen) == n else block.index_select(0, chosen)).to(torch.float64).T @ scale
+            block = block if len(chosen) == n else block.index_select(0, chosen)
+            torch.mv(block.to(torch.float64).T, scale, out=out[part])
         for value, vector in zip(coefficients[n : self.number].tolist(), self.extra, strict=True):
             if value:
                 out += value * vector.to(torch.float64)
@@ -180,12 +195,13 @@ class Factored(Geometry):
             gram[:n, :n] += (dense @ dense.T).cpu()
         return _finite(gram)
 
+    @cached_property
+    def norms(self) -> np.ndarray:
+        return self.gram.diagonal()[: self.number].numpy()
 
-def blocks(rows: Tensor) -> Iterator[slice]:
-    """Ranges of the columns of ``rows`` ``(n, d)`` that fit a core's cache as float64, of all rows together.
 
-    Sums of more columns than that would lose digits in float32.
-    """
-    width = min(4_096, max(1_024, _BLOCK // max(1, len(rows))))
+def blocks(rows: Tensor, most: int = _BLOCK) -> Iterator[slice]:
+    """Ranges of the columns of ``rows`` ``(n, d)``, of ``most`` at most, and so few that a block stays in a cache."""
+    width = min(most, max(1_024, _BLOCK // max(1, len(rows))))
     for start in range(0, rows.shape[1], width):
         yield slice(start, min(rows.shape[1], start + width))

@@ -12,7 +12,7 @@ Each is a matrix of coefficients. Bucketing averages by weight and adds the weig
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ def scaled(cloud: Cloud, factors: np.ndarray) -> Cloud:
     """The points moved towards the origin: ``factors_i p_i``."""
     scale = torch.from_numpy(factors)[:, None]
     points = torch.where(scale == 1, cloud.points, scale * cloud.points + (1 - scale) * cloud.origin)
-    return Cloud(cloud.geometry, points, cloud.weights, cloud.origin, cloud.root, cloud.centre)
+    return replace(cloud, points=points, plain=False)
 
 
 def clipped(cloud: Cloud, norm: float) -> Cloud:

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from clients.local.private import Private
-from clients.trainer import Trainer
 from fl.keys import generator
 from fl.one_byte.directions import direction
+from fl.one_byte.losses import Losses
 
 HELD = 1 << 25  # scalars of perturbed states that are held at a time: 128 MiB
 
@@ -49,7 +49,7 @@ class Probed:
     loss: float
 
 
-def probe(trainer: Trainer, probes: Sequence[Probe], columns: np.ndarray, eps: float, seed: int) -> list[Probed]:
+def probe(losses: Losses, probes: Sequence[Probe], columns: np.ndarray, eps: float, seed: int) -> list[Probed]:
     """The scalars of ``probes``, whose directions move the ``columns`` of their states."""
     tasks = [(i, s) for i, p in enumerate(probes) for s in range(len(p.batches))]
     most = max(1, HELD // (2 * max((len(p.state) for p in probes), default=1)))
@@ -65,8 +65,8 @@ def probe(trainer: Trainer, probes: Sequence[Probe], columns: np.ndarray, eps: f
                 state[columns] += sign * move
                 states.append(state)
                 examples.append(p.batches[s])
-        losses = sample_losses(trainer, states, examples)
-        found |= {task: (losses[2 * n], losses[2 * n + 1]) for n, task in enumerate(part)}
+        seen = losses(states, examples)
+        found |= {task: (seen[2 * n], seen[2 * n + 1]) for n, task in enumerate(part)}
     nothing = np.zeros(0), np.zeros(0)
     return [_probed(p, [found.get((i, s), nothing) for s in range(len(p.batches))], eps) for i, p in enumerate(probes)]
 
@@ -85,9 +85,3 @@ def private_mean(slopes: np.ndarray, job: Private, sample: int) -> float:
     kept = np.clip(np.where(np.isfinite(slopes), slopes, 0.0), -job.clip, job.clip).sum()
     noise = job.noise * job.clip * generator(*job.key, sample, "scalar").standard_normal()
     return float(kept + noise) / job.expected
-
-
-def sample_losses(trainer: Trainer, states: Sequence[np.ndarray], examples: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The loss of each of the ``examples`` under the state beside it, float64: ``(len(examples[i]),)`` for each i."""
-    scores = trainer._run([("evaluate", (state, "train", own)) for state, own in zip(states, examples, strict=True)])
-    return [score.loss / score.targets for score in scores]

@@ -22,11 +22,11 @@ import numpy as np
 
 from clients.behaviours.base import ReplyFields
 from clients.local.training import LocalTraining
-from clients.trainer import Trainer
 from fl.errors import ShoalError
 from fl.messages import BUDGET, MalformedMessage, PeerRequest, TrainReply
 from fl.one_byte.codec import encode
 from fl.one_byte.log import Entry, Rule, unpack
+from fl.one_byte.losses import Losses
 from fl.one_byte.probes import Probe, Probed, probe
 from privacy.base import BudgetSpent, Guard
 
@@ -48,20 +48,23 @@ class Replica:
 
 
 class Replicas:
-    """The replicas of one node's peers (a `fl.schedules.base.PeerPart`), which hold the samples ``parts``."""
+    """The replicas of one node's peers (a `fl.schedules.base.PeerPart`), which hold the samples ``parts`` of
+    ``lengths`` tokens. ``size`` is d."""
 
     def __init__(
         self,
-        trainer: Trainer,
+        losses: Losses,
+        lengths: np.ndarray,
+        size: int,
         parts: Sequence[np.ndarray],
         local: LocalTraining,
         guard: Guard,
         rule: Rule,
         eps: float,
     ):
-        self.trainer, self.parts, self.local, self.guard = trainer, parts, local, guard
+        self.losses, self.lengths, self.size = losses, lengths, size
+        self.parts, self.local, self.guard = parts, local, guard
         self.rule, self.eps = rule, eps
-        self.size = trainer.worker.cohort.space.layout.size
         self.replicas: dict[int, Replica] = {}
 
     def answer(self, requests: Sequence[PeerRequest]) -> list[TrainReply | MalformedMessage]:
@@ -82,7 +85,7 @@ class Replicas:
                     read[place] = MalformedMessage("schema", f"{BUDGET}: {error}")
                 except ShoalError as error:
                     read[place] = MalformedMessage("schema", str(error))
-        done = probe(self.trainer, list(probes.values()), self.rule.columns, self.eps, self.rule.seed)
+        done = probe(self.losses, list(probes.values()), self.rule.columns, self.eps, self.rule.seed)
         probed = dict(zip(probes, done, strict=True))
         out: list[TrainReply | MalformedMessage] = []
         for place, found in enumerate(read):
@@ -143,8 +146,7 @@ class Replicas:
         steps, tokens, loss = 0, 0, None
         if asked is not None and done is not None:
             arrays["scalars"] = encode(done.scalars, self.rule.quantiser)
-            lengths = self.trainer.worker.sets["train"].lengths
-            steps, tokens = len(asked.batches), sum(int(lengths[batch].sum()) for batch in asked.batches)
+            steps, tokens = len(asked.batches), sum(int(self.lengths[batch].sum()) for batch in asked.batches)
             loss = done.loss if np.isfinite(done.loss) else None
             said = self.guard.release(
                 ReplyFields(

@@ -22,6 +22,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from clients.behaviours.none import Honest
 from clients.local.optimizers import SGD
 from clients.local.training import LocalTraining
@@ -30,6 +32,7 @@ from fl.errors import ConfigError
 from fl.messages import Request
 from fl.one_byte.codec import WIDTH
 from fl.one_byte.log import Rule
+from fl.one_byte.losses import losses_of
 from fl.one_byte.membership import HOW, Membership
 from fl.one_byte.mesh import Mesh
 from fl.one_byte.replicas import Replicas
@@ -116,9 +119,10 @@ class JustOneByte(Schedule):
         return Rule(seed, space.columns(space.trains(1)), lrs, self.quantiser, self.norm, self.clip_g)
 
     def part(self, experiment: Experiment) -> PeerPart:
-        s, trainer = experiment.settings, experiment.trainer
-        rule = self.agreement(s.seed, trainer.worker.cohort.space, s.local)
-        return Replicas(trainer, experiment.data.parts, s.local, experiment.guard, rule, self.eps)
+        s, data, space = experiment.settings, experiment.data, experiment.trainer.worker.cohort.space
+        rule, losses = self.agreement(s.seed, space, s.local), losses_of(experiment.trainer)
+        lengths = np.asarray(data.train.lengths)
+        return Replicas(losses, lengths, space.layout.size, data.parts, s.local, experiment.guard, rule, self.eps)
 
     def expects(self, request: Request) -> Mapping[str, tuple[str, int]]:
         kinds = {"probe": ("scalars", "uint8", -1), "hash": ("hash", "uint8", 32), "snapshot": ("state", "float32", -1)}

@@ -34,7 +34,7 @@ def test_loss_and_gradient_are_those_of_autograd(samples, inputs, classes, bias,
     point = torch.from_numpy(np.random.default_rng(1).normal(size=problem.size) * scale).requires_grad_()
     loss = as_torch(problem, point)
     (gradient,) = torch.autograd.grad(loss, point)
-    assert problem.loss(point.detach().numpy()) == pytest.approx(float(loss), rel=1e-12)
+    assert problem.loss(point.detach().numpy()) == pytest.approx(loss.item(), rel=1e-12)
     found = problem.gradient(point.detach().numpy())
     assert np.abs(found - gradient.numpy()).max() < 1e-12 * max(1.0, float(gradient.abs().max()))
 

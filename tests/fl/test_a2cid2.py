@@ -241,8 +241,10 @@ def test_what_never_trains_stays_as_it_is_and_does_not_travel():
 TINY = ("network=lognormal", "topology=ring", "schedule.rounds=3", "local.steps=1")
 
 
-@pytest.mark.parametrize("schedule", ["ad_psgd", "a2cid2"])
-@pytest.mark.parametrize("share", [0.35, 0.6, 0.85])
+@pytest.mark.parametrize(
+    ("schedule", "share"),
+    [("a2cid2", 0.35), ("a2cid2", 0.85), ("ad_psgd", 0.6), pytest.param("ad_psgd", 0.35, marks=pytest.mark.slow)],
+)
 def test_a_run_that_is_killed_goes_on_to_the_same_end(tmp_path, schedule, share):
     chosen = (*TINY, f"schedule={schedule}", "topology.latency_s=0.05")
     total = moments(tmp_path / "whole", *chosen)
@@ -252,11 +254,11 @@ def test_a_run_that_is_killed_goes_on_to_the_same_end(tmp_path, schedule, share)
 
 
 def test_a_run_trains_an_adapter(tmp_path):
-    go(tmp_path / "run", *TINY, "schedule=a2cid2", "schedule.rounds=12", "local.steps=4", "local.lr=0.01")
+    go(tmp_path / "run", *TINY, "schedule=a2cid2", "schedule.rounds=8", "local.steps=4", "local.lr=0.01")
     found = rounds(tmp_path / "run")
-    assert [e["round"] for e in found] == list(range(1, 13))
+    assert [e["round"] for e in found] == list(range(1, 9))
     assert found[-1]["loss"] < found[0]["loss"]
-    assert len(clients(tmp_path / "run")) == 12 * 4
+    assert len(clients(tmp_path / "run")) == 8 * 4
 
 
 @pytest.mark.parametrize(

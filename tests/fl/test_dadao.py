@@ -97,7 +97,7 @@ def test_the_objective_falls_and_the_model_is_the_mean(run):
 
 def test_it_comes_to_the_optimum_of_the_pooled_objective(tmp_path):
     """Where the mean of the peers' gradients is zero, which is strongly convex's only such point."""
-    go(tmp_path / "run", *PLAIN, "schedule.round_s=300", "schedule.rounds=2", "schedule.l2=1")
+    go(tmp_path / "run", *PLAIN, "schedule.round_s=90", "schedule.rounds=2", "schedule.l2=3")
     last = rounds(tmp_path / "run")[-1]
     assert last["gradient_norm"] < 1e-6
     assert last["consensus"] < 1e-5

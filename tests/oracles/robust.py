@@ -250,6 +250,8 @@ def attacked(n: int, f: int, d: int, draw: np.random.Generator, attack: int) -> 
     honest = centre + scales * draw.normal(size=(n - f, d))
     if draw.random() < 0.3:  # clients of two kinds
         honest[: (n - f) // 3] += 3 * draw.normal(size=d)
+    if f == 0:
+        return honest, np.arange(n)
     rows = np.concatenate([honest, ATTACKS[attack % len(ATTACKS)](honest, f, draw)])
     order = draw.permutation(n)
     return rows[order], np.flatnonzero(order < n - f)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,21 +18,15 @@ SIZE = 25
 
 
 class Quadratics:
-    """What `fl.one_byte` needs of a `clients.trainer.Trainer`. Counts its evaluations."""
+    """`fl.one_byte.losses.Losses` of these samples. Counts its evaluations."""
 
     def __init__(self, samples: np.ndarray):
         self.samples, self.evaluations = samples, 0
-        space = SimpleNamespace(layout=SimpleNamespace(size=samples.shape[1]))
-        sets = {"train": SimpleNamespace(lengths=np.ones(len(samples), np.int64))}
-        self.worker = SimpleNamespace(cohort=SimpleNamespace(space=space), sets=sets)
 
-    def _run(self, tasks: Sequence[tuple[str, tuple]]) -> list[Any]:
-        self.evaluations += len(tasks)
-        return [self._evaluate(*arguments) for _, arguments in tasks]
-
-    def _evaluate(self, state: np.ndarray, name: str, examples: np.ndarray) -> Any:
-        loss = 0.5 * ((state.astype(np.float64) - self.samples[examples]) ** 2).sum(1)
-        return SimpleNamespace(loss=loss, targets=np.ones(len(examples), np.int64))
+    def __call__(self, states: Sequence[np.ndarray], examples: Sequence[np.ndarray]) -> list[np.ndarray]:
+        self.evaluations += len(states)
+        pairs = zip(states, examples, strict=True)
+        return [0.5 * ((s.astype(np.float64) - self.samples[own]) ** 2).sum(1) for s, own in pairs]
 
 
 def samples(peers: int, each: int = 12, seed: int = 0) -> np.ndarray:
@@ -49,7 +42,8 @@ def node(peers: int, rounds: int = 20, directions: int = 2, guard: Guard | None 
     parts = [np.arange(12 * p, 12 * (p + 1)) for p in range(peers)]
     local = LocalTraining(steps=directions, lr=0.1, batch_size=4, optimizer=SGD())
     agreed = Rule(**{"seed": 0, "columns": np.arange(SIZE), "lrs": [0.1] * rounds, **rule})
-    return Replicas(Quadratics(points), parts, local, guard or Guard(), agreed, 1e-2)  # type: ignore[arg-type]
+    lengths = np.ones(len(points), np.int64)
+    return Replicas(Quadratics(points), lengths, SIZE, parts, local, guard or Guard(), agreed, 1e-2)
 
 
 def ask(

@@ -9,7 +9,8 @@ from clients.worker import Worker
 from fl.compose import compose
 from fl.experiment import Experiment, Settings
 from fl.one_byte.directions import direction
-from fl.one_byte.probes import Probe, private_mean, probe, sample_losses
+from fl.one_byte.losses import OfHead, OfModel, losses_of
+from fl.one_byte.probes import Probe, private_mean, probe
 from tests.fl.one_byte.quadratics import SIZE, Quadratics, samples
 from tests.helpers import ENCODER, SHARED
 
@@ -63,29 +64,42 @@ def test_many_perturbed_states_go_in_parts(monkeypatch):
     assert [p.scalars.tolist() for p in whole] == [p.scalars.tolist() for p in parts]
 
 
-@pytest.fixture(scope="module")
-def trainer():
-    words = ["schedule=just_one_byte", "local=sgd", "adapter.rank=2", "model.head_std=0.1"]
+@pytest.fixture(scope="module", params=["lora", "head"])
+def trainer(request):
+    words = ["schedule=just_one_byte", "local=sgd", "model.head_std=0.1", f"adapter={request.param}"]
     experiment = Experiment(Settings.of(compose([*ENCODER, *words])[0]), SHARED)
     yield experiment.trainer
     experiment.close()
 
 
+def start(trainer) -> np.ndarray:
+    space = trainer.worker.cohort.space
+    noise = np.random.default_rng(0).standard_normal(space.layout.size)
+    return (trainer.worker.cohort.initial.numpy() + 0.05 * noise).astype(np.float32)
+
+
 def test_of_a_model_it_is_the_directional_derivative(trainer):
     """Against the cohort's own gradients, by backward passes."""
     worker: Worker = trainer.worker
-    space, examples = worker.cohort.space, np.arange(10)
+    space, examples, state = worker.cohort.space, np.arange(10), start(trainer)
     columns = space.columns(space.trains(1))
-    rng = np.random.default_rng(0)
-    state = worker.cohort.initial.numpy() + 0.05 * rng.standard_normal(space.layout.size).astype(np.float32)
-    (found,) = probe(trainer, [Probe(2, 4, state, [examples] * 3)], columns, 1e-3, 0)
+    (found,) = probe(losses_of(trainer), [Probe(2, 4, state, [examples] * 3)], columns, 1e-3, 0)
     ((losses, grads),) = trainer.gradients([(state, [examples], [("key",)])])
     slopes = [float(grads[0] @ direction(len(columns), 0, 4, 2, s)) for s in range(3)]
     assert found.scalars == pytest.approx(slopes, rel=5e-3, abs=1e-3)
     assert found.loss == pytest.approx(float(losses[0]), rel=1e-4)
     assert max(abs(s) for s in slopes) > 0.05
-    (own,) = sample_losses(trainer, [state], [examples])
-    assert own.shape == (10,) and own.mean() == pytest.approx(float(losses[0]), rel=1e-5)
+
+
+def test_a_head_s_losses_are_those_of_the_whole_network(trainer):
+    states, examples = [start(trainer), 2 * start(trainer)], [np.array([7, 3, 50]), np.arange(20, 60)]
+    mine = losses_of(trainer)
+    found = mine(states, examples)
+    assert isinstance(mine, OfHead) == (len(trainer.worker.cohort.swaps) == 1)
+    assert [len(own) for own in found] == [3, 40]
+    for own, right in zip(found, OfModel(trainer)(states, examples), strict=True):
+        assert own == pytest.approx(right, rel=1e-4)
+    assert mine([], []) == []
 
 
 def test_a_private_scalar_is_the_clipped_sum_with_its_noise():

@@ -161,7 +161,7 @@ def test_a_fingerprint_is_of_the_raw_bytes():
 
 @pytest.mark.parametrize("quantiser", ["int8log", "none"])
 def test_many_rounds_come_near_the_mean_of_all_peers_minima(quantiser):
-    replicas = node(3, rounds=400, quantiser=quantiser)
+    replicas = node(3, quantiser=quantiser, lrs=[0.1 / (1 + t / 20) for t in range(400)])
     go(replicas, [0, 1, 2], 400)
     right = samples(3).mean(0)
     assert np.linalg.norm(replicas.replicas[0].state - right) < 0.2 * np.linalg.norm(right)
