@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from clients.cohort import Cohort, CohortBatch
 from clients.data.tokens import TokenData
 
+HEADS = {"classifier", "score", "lm_head", "qa_outputs"}
+
 
 class _Captured(Exception):
     """Raised once the hidden states are in hand: the layers above need not run."""
@@ -28,12 +30,13 @@ def first_adapted_layer(cohort: Cohort) -> tuple[nn.ModuleList | None, int]:
     for path, module in cohort.model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 1:
             inside = [int(p[len(path) + 1 :].split(".")[0]) for p in paths if p.startswith(path + ".")]
-            if not inside:
+            if not inside and not all(HEADS & set(name.split(".")) for name in cohort.layout.names):
                 continue
             names = {p for p in paths if not p.startswith(path + ".")}
+            cut = min(inside, default=len(module) - 1)  # where a head alone trains, all layers but the last
             # Whatever is adapted outside the layers must come after them, as a head does.
-            head = all(p.rpartition(".")[2] in ("classifier", "score", "lm_head", "qa_outputs") for p in names)
-            return (module, min(inside)) if head and min(inside) > 0 else (None, 0)
+            head = all(p.rpartition(".")[2] in HEADS for p in names)
+            return (module, cut) if head and cut > 0 else (None, 0)
     return None, 0
 
 

@@ -129,6 +129,14 @@ class Settings:
             raise ConfigError(
                 "topology", settings.topology.name, allowed, "Choose a schedule of peers: schedule=dpsgd."
             )
+        if isinstance(settings.aggregator, Combining) and settings.aggregator.combine.root:
+            name = type(settings.aggregator.combine).__name__
+            if not settings.data.public:
+                allowed = f"at least 1 with {name}: the server trains on public samples of its own"
+                raise ConfigError("data.public", 0, allowed, "Try data.public=100.")
+            if not settings.schedule.in_rounds:
+                allowed = f"synchronous with {name}: the server's own update is that of a round"
+                raise ConfigError("schedule", type(settings.schedule).__name__, allowed)
         settings.attack.check(settings)
         settings.schedule.check(settings)
         settings.schedule.rule(settings.aggregator.staleness).check(settings)

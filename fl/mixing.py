@@ -21,8 +21,6 @@ import scipy.sparse as sparse
 if TYPE_CHECKING:
     from fl.topology.base import Graph
 
-_COLUMNS = 4096
-
 
 @dataclass
 class Mixing:
@@ -50,14 +48,9 @@ class Mixing:
         near = self.graph.neighbours(peer)
         return near[~np.isin(near, list(self.lost))] if peer not in self.lost else near[:0]
 
-    def mean(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """``W rows`` ``(n, d)``, in the type of ``rows``; into ``out`` where that is given (not ``rows``)."""
-        if out is None:
-            out = np.empty_like(rows)
-        weights = sparse.csr_array(self.weights, dtype=rows.dtype)
-        for low in range(0, rows.shape[1], _COLUMNS):  # a block of all rows stays in the cache
-            out[:, low : low + _COLUMNS] = weights @ np.ascontiguousarray(rows[:, low : low + _COLUMNS])
-        return out
+    def mean(self, rows: np.ndarray) -> np.ndarray:
+        """``W rows`` ``(n, d)``, in the type of ``rows``."""
+        return np.asarray(sparse.csr_array(self.weights, dtype=rows.dtype) @ rows)
 
     def row(self, peer: int, peers: list[int]) -> np.ndarray:
         """``W_ij`` float64 of ``peer`` and each of ``peers``."""

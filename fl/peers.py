@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from fl.schedules.base import World
     from fl.topology.base import Graph, Topology
 
-_COLUMNS = 8192  # summed at a time in float64
-
 
 @dataclass(frozen=True, eq=False)
 class PeerJob:
@@ -46,18 +44,18 @@ class Trained:
     outcome: TrainReply | Rejection
     update: Update | None
 
-    def row(self) -> np.ndarray:
-        """The update ``(d,)`` in the type of the start; zeros where nothing trained, or nothing came."""
-        row = np.zeros_like(self.job.start)
+    def lay(self, row: np.ndarray) -> None:
+        """Put the update into ``row`` ``(d,)``, in place; what did not train is left as it is."""
         if self.update is not None:
             row[slice(None) if self.update.columns is None else self.update.columns] = self.update.vector
-        return row
 
 
 @dataclass
 class Peers:
-    """The peers of one run. ``states`` ``(n, d)``, float32 as the server's; ``ready`` ``(n,)`` the tick at which each is free;
-    ``traffic`` ``(n, n)`` int64 the bytes from row to column so far; ``hostile`` those whose models don't count."""
+    """The peers of one run.
+
+    ``states`` ``(n, d)``, float32 as the server's; ``ready`` ``(n,)`` the tick at which each is free; ``traffic``
+    ``(n, n)`` int64 the bytes from row to column so far; ``hostile`` those whose models don't count."""
 
     topology: Topology
     seed: int
@@ -66,6 +64,8 @@ class Peers:
     traffic: np.ndarray
     hostile: frozenset[int] = frozenset()
     _sizes: dict[tuple, int] = field(default_factory=dict)
+    _updates: np.ndarray | None = None
+    _known: tuple[np.ndarray, np.ndarray, float] | None = None  # states, their mean and consensus distance
     _links: Links | None = None
     _before: dict[str, Any] = field(default_factory=dict)  # what the links' queues held in the checkpoint
 
@@ -84,17 +84,30 @@ class Peers:
         """The peers that are not hostile, ascending."""
         return np.array([p for p in range(len(self)) if p not in self.hostile], np.int64)
 
+    def updates(self) -> np.ndarray:
+        """``(n, d)`` zeros for a round's updates; the same memory each time, as fresh memory costs more than a sum."""
+        if self._updates is None or self._updates.shape != self.states.shape:
+            self._updates = np.empty_like(self.states)
+        self._updates[:] = 0
+        return self._updates
+
     def graph(self, round: int) -> Graph:
         """Who hears whom in ``round``."""
         return self.topology.graph(len(self), self.seed, round)
 
     def mean(self) -> np.ndarray:
         """``xbar`` ``(d,)`` float64: the mean of the honest peers' states."""
-        return mean_and_consensus(self.states[self.honest] if self.hostile else self.states)[0]
+        return self._summary()[0]
 
     def consensus(self) -> float:
         """``sqrt(mean_i ||x_i - xbar||^2)`` over the honest peers."""
-        return mean_and_consensus(self.states[self.honest] if self.hostile else self.states)[1]
+        return self._summary()[1]
+
+    def _summary(self) -> tuple[np.ndarray, float]:
+        if self._known is None or self._known[0] is not self.states:
+            honest = self.states[self.honest] if self.hostile else self.states
+            self._known = (self.states, *mean_and_consensus(honest))
+        return self._known[1:]
 
     def train(self, world: World, jobs: Sequence[PeerJob]) -> list[Trained]:
         """The jobs, each of another peer, done in one exchange; what came of them in their order."""
@@ -157,10 +170,13 @@ class Peers:
 
 def mean_and_consensus(states: np.ndarray) -> tuple[np.ndarray, float]:
     """The mean ``(d,)`` float64 of ``states`` ``(n, d)``, and their root mean squared distance to it."""
-    mean, total = np.empty(states.shape[1]), 0.0
-    for low in range(0, states.shape[1], _COLUMNS):
-        part = states[:, low : low + _COLUMNS]
-        mean[low : low + _COLUMNS] = centre = part.mean(axis=0, dtype=np.float64)
-        gap = part - centre.astype(part.dtype)
-        total += float(np.einsum("ij,ij->", gap, gap, dtype=np.float64))
+    mean = np.zeros(states.shape[1])
+    for row in states:  # row by row: the sum stays in the cache, and each state is read once
+        mean += row
+    mean /= len(states)
+    centre, total = mean.astype(states.dtype), 0.0
+    gap = np.empty_like(centre)
+    for row in states:
+        np.subtract(row, centre, out=gap)
+        total += float(np.dot(gap, gap))
     return mean, float(np.sqrt(total / len(states)))

@@ -91,7 +91,7 @@ REFUSED = {
     "schedule=dpsgd aggregator=flora": r"aggregator='FLoRA'",
     "schedule=gradient_tracking aggregator.combine=krum aggregator.f=1": "aggregator.combine",
     "schedule=dpsgd topology=ring aggregator.combine=krum aggregator.f=1": "2 neighbours",
-    "schedule=dpsgd aggregator.combine=fltrust data.public=8": "aggregator.combine",
+    "schedule=dpsgd aggregator.combine=fltrust data.public=8": "schedule",
     "schedule=dpsgd aggregator.combine=foolsgold": "aggregator.combine",
     "schedule=choco attack=alie attack.fraction=0.5": "attack",
     "schedule=dpsgd server_optimizer=fedadam": "server_optimizer",

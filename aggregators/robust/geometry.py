@@ -79,7 +79,7 @@ class Dense(Geometry):
         if step == 1:
             return look
         first = self._first(look)
-        if _apart(look, first) and all(x.dtype != torch.float64 for x in (self.rows, *self.extra)):
+        if self.rows.dtype != torch.float64 and _apart(look, first):
             gram = self._about(centre, first, torch.float32)
             if bool(torch.isfinite(gram).all()) and _apart(gram, first):
                 return gram
@@ -100,10 +100,11 @@ class Dense(Geometry):
 
     def _first(self, look: Tensor) -> list[int]:
         """For each point and the origin the first that is equal to it, of those that some columns leave possible."""
-        close = squared_distances(look.numpy()) <= _SAME * look.diagonal().max().item()
+        norms = look.diagonal().numpy()
+        close = squared_distances(look.numpy()) <= _SAME * (norms[:, None] + norms)
         first = list(range(self.number + 1))
         for i, j in np.argwhere(np.triu(close, 1)).tolist():
-            if first[j] == j and first[i] == i and torch.equal(self._point(i), self._point(j)):
+            if first[j] == j and first[i] == i and bool((self._point(i) == self._point(j)).all()):
                 first[j] = i
         return first
 
@@ -134,9 +135,9 @@ class Dense(Geometry):
             block = self.rows[:, part]
             points = torch.empty((len(seen), block.shape[1]), dtype=dtype, device=device)
             points[: len(own)] = block if every else block.index_select(0, own)
+            points[: len(own)] -= block[centre]
             for k, i in rest:
-                points[k] = 0 if i == self.number else self.extra[i - n][part]
-            points -= block[centre]
+                points[k] = (0 if i == self.number else self.extra[i - n][part].to(torch.float64)) - block[centre]
             gram += points @ points.T
         where = torch.tensor([seen.index(i) for i in first])
         return gram.cpu()[where][:, where]

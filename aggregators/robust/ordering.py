@@ -42,7 +42,9 @@ def ascending(block: Tensor) -> Tensor:
     if block.device.type != "cpu":
         return block.sort(dim=0).values
     if len(block) > _NETWORK:
-        return torch.from_numpy(np.sort(block.T.contiguous().numpy(), axis=1)).T
+        columns = block.T.clone(memory_format=torch.contiguous_format)
+        columns.numpy().sort(axis=1)
+        return columns.T
     rows = list(block.clone(memory_format=torch.contiguous_format).numpy())
     spare = np.empty_like(rows[0])
     for a, b in network(len(rows)):

@@ -174,7 +174,8 @@ class Pairs:
                 job.taken = [said.examples, said.steps, said.tokens, said.loss]
             else:
                 job.taken = [said.reason.value, said.detail]
-            self.rows[peer] = got.row()
+            self.rows[peer] = 0
+            got.lay(self.rows[peer])
         world.validator.forget(min(job.number for job in self.jobs.values()))
 
     def _end(self, peer: int) -> Event:

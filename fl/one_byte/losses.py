@@ -41,7 +41,7 @@ class OfModel:
 
 
 class OfHead:
-    """From features that are computed when a sample is first asked for. Raises `ConfigError` where there are none."""
+    """From features that are computed once. Raises `ConfigError` where there are none."""
 
     def __init__(self, trainer: Trainer):
         self.worker = trainer.worker
@@ -51,22 +51,14 @@ class OfHead:
         self.bias = None if head.bias_name is None else slice(*spans[head.names[head.bias_name]])
         self.shape = cohort.space.shape(head.names[head.weight_name])
         self.labels = np.asarray(train.labels).astype(np.int64)
-        self.rows = np.zeros((len(self.labels), self.shape[1]))
-        self.known = np.zeros(len(self.labels), bool)
-        self._fill(np.zeros(1, np.int64))
-
-    def _fill(self, examples: np.ndarray) -> None:
-        new = np.unique(examples[~self.known[examples]])
-        # Of like length together: little is padded.
-        new = new[np.argsort(np.asarray(self.worker.sets["train"].lengths)[new], kind="stable")]
-        for low in range(0, len(new), _BATCH):
-            part = new[low : low + _BATCH]
-            self.rows[part] = features(self.worker.cohort, self.worker._batch("train", [part], None))
-        self.known[new] = True
+        # All at once, in batches of like length that depend on the data alone: so a run that goes on has the same bits.
+        order = np.argsort(np.asarray(train.lengths), kind="stable")
+        self.rows = np.zeros((len(order), self.shape[1]))
+        for low in range(0, len(order), _BATCH):
+            part = order[low : low + _BATCH]
+            self.rows[part] = features(cohort, self.worker._batch("train", [part], None))
 
     def __call__(self, states: Sequence[np.ndarray], examples: Sequence[np.ndarray]) -> list[np.ndarray]:
-        if examples:
-            self._fill(np.concatenate(examples))
         return [self._one(state.astype(np.float64), own) for state, own in zip(states, examples, strict=True)]
 
     def _one(self, state: np.ndarray, examples: np.ndarray) -> np.ndarray:

@@ -42,7 +42,8 @@ Arrays = dict[str, np.ndarray]
 class Round:
     """One round as its schedule sees it: who hears whom, what came of training, and what is sent and heard.
 
-    ``updates`` ``(n, d)`` are the peers' changes, zero for the ``lost``; ``done`` ``(n,)`` ticks.
+    ``updates`` ``(n, d)`` are the peers' changes, zero for the ``lost``, in memory that the next round uses again;
+    ``done`` ``(n,)`` ticks.
     """
 
     world: World
@@ -147,9 +148,9 @@ class Gossip(Schedule):
         fit = [t for t in trained if isinstance(outcomes[t.job.peer], TrainReply)]
         out = frozenset(range(n)) - {t.job.peer for t in fit}
         graph = peers.graph(number)
-        updates = np.zeros_like(peers.states)
+        updates = peers.updates()
         for t in fit:
-            updates[t.job.peer] = t.row()
+            t.lay(updates[t.job.peer])
         round = Round(world, peers, number, lr, Mixing(graph, out), updates, done)
         round.sent = np.zeros((n, 2), np.int64)
         peers.ready = done.copy()
@@ -167,7 +168,9 @@ class Gossip(Schedule):
                 "local.lr, or use a robust rule (aggregator.combine) where some are hostile."
             )
         world.clock.advance(max(int(peers.ready.max()), world.clock.now))
-        new = world.server.replace(vector=mean.astype(world.server.vector.dtype), version=world.server.version + 1, round=number)
+        new = world.server.replace(
+            vector=mean.astype(world.server.vector.dtype), version=world.server.version + 1, round=number
+        )
         world.server = new
         for t in trained:
             yield _client_event(round, t, outcomes[t.job.peer], int(began[t.job.peer]))

@@ -62,6 +62,18 @@ def test_distances_of_weights_that_differ_by_a_thousandth(dtype, d):
         assert np.abs(off(trap) / off(true) - 1).max() > 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_distances_within_groups_that_are_far_from_each_other(dtype):
+    """Float32 products, about a row of one group, would leave nothing of the distances within the other."""
+    draw = generator("geometry", "groups")
+    rows = draw.normal(size=(2, WIDE))[[0, 0, 0, 0, 1, 1, 1]] + 1e-4 * draw.normal(size=(7, WIDE))
+    rows[6] = rows[5]
+    tensor = torch.from_numpy(rows).to(dtype)
+    got, true = distances(tensor)[:7, :7], direct(tensor.to(torch.float64).numpy())
+    assert got[5, 6] == 0
+    np.testing.assert_allclose(got, true, rtol=1e-6)
+
+
 @pytest.mark.parametrize("far", [1e9, 1e30])
 @pytest.mark.parametrize("places", [[0], [7], [0, 1, 2], [0, 3, 6]])
 @pytest.mark.parametrize("where", ["everywhere", "in one column"])

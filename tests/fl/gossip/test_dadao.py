@@ -130,7 +130,7 @@ def test_the_error_falls_linearly_at_the_rate_of_the_theory(graph, kappa, seed):
     times = np.arange(1, 26) * 2 * root
     logs = np.log([error(run, float(t)) for t in times])
     slope = -np.polyfit(times, logs, 1)[0]
-    assert slope > 0.11 / root  # proved: 0.088
+    assert slope > 0.11 / root  # of the analysis: 0.088
     assert logs[-1] < -4
 
 
