@@ -42,6 +42,8 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.secagg
 	$(BIN)/python -m benchmarks.asynchronous
 	$(BIN)/python -m benchmarks.gradient_coding
+	$(BIN)/python -m benchmarks.robust
+	$(BIN)/python -m benchmarks.gossip
 	$(BIN)/shoal sweep experiment=private_lowrank_comparison
 
 clean:

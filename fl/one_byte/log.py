@@ -64,7 +64,7 @@ def unpack(data: bytes, first: int, number: int, quantiser: str) -> list[Entry]:
                 raise ShoalError("the log ends within a round")
             payloads.append((peer, data[at + 1 : end]))
             at = end
-        entries.append(Entry(first, tuple(payloads)))
+        entries.append(Entry(first + len(entries), tuple(payloads)))
     return entries
 
 
