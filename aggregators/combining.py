@@ -64,6 +64,10 @@ class Combining(Aggregator):
         if not self.plain and adapter.mixed_ranks:
             allowed = f"one rank for all clients with {type(self.combine).__name__}: it compares updates"
             raise ConfigError("adapter.rank", getattr(adapter, "rank", None), allowed, "Use aggregator.combine=mean.")
+        if self.combine.stateful and adapter.form == "alternating":
+            name = type(self.combine).__name__
+            allowed = f"one that trains the same tensors in every round, with {name}: it remembers earlier updates"
+            raise ConfigError("adapter", type(adapter).__name__, allowed)
 
     def check_round(self, number: int) -> None:
         """Raise `ConfigError` where ``number`` updates are too few for the rule to withstand ``f`` hostile ones."""
@@ -97,6 +101,7 @@ class Combining(Aggregator):
         clients, weights = [u.client for u in rest], torch.from_numpy(self.shared(rest))
         memory = {n.removeprefix(_MEMORY): a for n, a in server.extra.items() if n.startswith(_MEMORY)}
         vector: np.ndarray | None = None
+        coefficients: np.ndarray | None
         if self.space == "product":
             geometry = factored(server, [*rest, *root])
             coefficients, memory = robust.weigh(

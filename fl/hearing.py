@@ -45,7 +45,7 @@ def average(round: Round, models: np.ndarray) -> np.ndarray:
         else:
             silent.add(peer)
             round.rejected[Reason.NOT_FINITE.value if not np.isfinite(row).all() else Reason.TOO_LARGE.value] += 1
-    mixing = Mixing(round.mixing.graph, round.mixing.lost | silent)
+    mixing = Mixing(round.mixing.graph, round.mixing.lost | silent, round.mixing.pushes)
     mixed, diagonal = mixing.mean(heard), mixing.weights.diagonal()
     for peer in bad:
         mixed[peer] += (diagonal[peer] * (models[peer] - heard[peer])).astype(mixed.dtype)

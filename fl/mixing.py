@@ -2,7 +2,8 @@
 
 Averaging is ``X' = W X`` with the graph's weights (Metropolis-Hastings: symmetric and doubly stochastic, so that the
 mean is kept; column stochastic on directed graphs). A peer that is lost for a round is left out: the weight of each of
-its links goes to the sender's own diagonal, which keeps ``W`` symmetric and its columns adding up to one.
+its links goes to the receiver's own diagonal, which keeps ``W`` symmetric and its rows adding up to one, or, where
+``pushes`` (push-sum), to the sender's, which keeps the columns.
 
 A robust rule acts on the differences from a peer's own model: ``x_i' = x_i + rule({x_j - x_i : j in N(i) and i})``.
 With centred clipping about zero that is ClippedGossip, ``x_i' = x_i + sum_j W_ij clip(x_j - x_i)`` (He et al., arXiv
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Mixing:
-    """One round's mixing over ``graph`` without the ``lost`` peers."""
+    """One round's mixing over ``graph`` without the ``lost`` peers; ``pushes``: columns are to add up to one."""
 
     graph: Graph
     lost: frozenset[int] = frozenset()
+    pushes: bool = False
 
     @cached_property
     def weights(self) -> sparse.csr_array:
@@ -40,7 +42,7 @@ class Mixing:
         out = np.isin(row, list(self.lost)) | np.isin(column, list(self.lost))
         gone = out & (row != column)
         kept = sparse.csr_array((coo.data[~gone], (row[~gone], column[~gone])), shape=found.shape)
-        back = np.bincount(column[gone], coo.data[gone], minlength=found.shape[0])
+        back = np.bincount((column if self.pushes else row)[gone], coo.data[gone], minlength=found.shape[0])
         return sparse.csr_array(kept + sparse.diags_array(back))
 
     def heard(self, peer: int) -> np.ndarray:

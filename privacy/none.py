@@ -36,7 +36,10 @@ class NoPrivacy(Privacy):
     def guard(self, settings: Settings, sizes: Sequence[int], space: Space) -> Guard:
         secure = getattr(settings, "secure_aggregation", None)
         seen = "the server saw every client's update in the clear"
-        if secure is not None and secure.active:
+        schedule = getattr(settings, "schedule", None)
+        if schedule is not None and schedule.decentral:
+            seen = "every peer's neighbours saw what it sent in the clear"
+        elif secure is not None and secure.active:
             seen = "the server saw sums of updates alone (secure aggregation), which are exact"
         text = f"No privacy guarantee: no noise was added to what clients sent, and {seen}"
         return Guard(Statement(f"{text}. The updates and the adapter may reveal the training data"))

@@ -88,6 +88,9 @@ COMMANDS = commands()
 DEVICES = "client,seconds_per_step,latency_s,down_mbps,up_mbps\n" + "".join(f"{c},1,0,1,1\n" for c in range(100))
 
 
+EDGES = "".join(f"{i} {(i + 1) % 10}\n" for i in range(10))
+
+
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{p}: {c}" for p, c in COMMANDS])
 def test_commands_of_the_docs_are_accepted(page, command, tmp_path, monkeypatch):
     if "--resume" in command or "key=value" in command or "..." in command:
@@ -97,7 +100,7 @@ def test_commands_of_the_docs_are_accepted(page, command, tmp_path, monkeypatch)
     for word in words:  # files that are the reader's
         key, _, value = word.partition("=")
         if key.endswith("path"):
-            Path(value).write_text(DEVICES)
+            Path(value).write_text(EDGES if key.startswith("topology") else DEVICES)
     jobs = [job.words for job in plan(words).jobs] if "shoal sweep" in command else [words]
     for job in jobs[:: max(1, len(jobs) // 12)]:  # of a large sweep some: composing takes time
         build(compose(job)[0], "", Settings)

@@ -76,6 +76,7 @@ class Gossip(Schedule):
     until_s: float | None = setting(None, gt=0, help="virtual seconds after which the run ends; null: after rounds")
 
     decentral = True
+    pushes: ClassVar[bool] = False  # whether it goes over directed graphs whose peers push: columns add up to one
     # Whether any robust rule may stand in place of the average.
     robust: ClassVar[bool] = False
 
@@ -101,9 +102,16 @@ class Gossip(Schedule):
         """The mean that stands for all peers, ``(d,)``."""
         return peers.mean()
 
+    def check_directed(self, peers: Peers) -> None:
+        """Raise `ConfigError` for a directed graph whose weights are no average of what is heard."""
+        if not self.pushes and not peers.graph(1).doubly_stochastic:
+            allowed = f"a graph whose weights add up to one in rows and columns under {type(self).__name__}"
+            raise ConfigError("topology", peers.topology.name, allowed, "Use schedule=push_sum for directed graphs.")
+
     def check_graph(self, world: World, peers: Peers) -> None:
         """Raise `ConfigError` for a graph that this schedule can't go over."""
         assert isinstance(world.aggregator, Combining)
+        self.check_directed(peers)
         smallest = min(len(peers.graph(1).neighbours(p)) for p in range(len(peers)))
         check_neighbourhoods(world.aggregator, smallest, smallest)
 
@@ -151,7 +159,7 @@ class Gossip(Schedule):
         updates = peers.updates()
         for t in fit:
             t.lay(updates[t.job.peer])
-        round = Round(world, peers, number, lr, Mixing(graph, out), updates, done)
+        round = Round(world, peers, number, lr, Mixing(graph, out, self.pushes), updates, done)
         round.sent = np.zeros((n, 2), np.int64)
         peers.ready = done.copy()
         before = world.server.vector.astype(np.float64)

@@ -57,6 +57,7 @@ class MoNNA(Gossip):
         return replace(rule, combine=NNA()) if isinstance(rule.combine, Auto) else rule
 
     def check_graph(self, world: World, peers: Peers) -> None:
+        self.check_directed(peers)
         rule = self.rule_of(world)
         smallest = min(len(peers.graph(1).neighbours(p)) for p in range(len(peers)))
         check_neighbourhoods(rule, smallest - rule.f, smallest)

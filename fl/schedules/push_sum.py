@@ -22,6 +22,8 @@ from fl.schedules.gossip import Arrays, Gossip, Round, exchange, wait_for_all
 class PushSum(Gossip):
     """D-PSGD over directed graphs: one vector and one number over each link."""
 
+    pushes = True
+
     def payload(self, size: int) -> Mapping[str, tuple[str, int]]:
         return {"model": ("float32", size), "weight": ("float64", 1)}
 

@@ -189,8 +189,17 @@ def test_a_lost_peer_keeps_its_state_and_the_mean_of_all_stays():
     start = spread_out(8)
     mixed = Mixing(graph, frozenset({2, 5})).mean(start)
     assert np.array_equal(mixed[2], start[2]) and np.allclose(mixed.mean(0), start.mean(0), atol=1e-15)
-    directed = Mixing(ErdosRenyi(p=0.4, directed=True).graph(8, 0, 1), frozenset({1})).weights.toarray()
-    assert np.allclose(directed.sum(0), 1)
+    graph = ErdosRenyi(p=0.4, directed=True).graph(8, 0, 1)
+    assert np.allclose(Mixing(graph, frozenset({1}), pushes=True).weights.sum(0), 1)
+    one_peer = Mixing(OnePeerExponential().graph(8, 0, 1), frozenset({1}))
+    assert np.allclose(one_peer.weights.sum(1), 1)  # it is an average of what is heard, whoever is missing
+
+
+@pytest.mark.parametrize("schedule", [DPSGD(rounds=1), GradientTracking(rounds=1), CHOCO(rounds=1), MoNNA(rounds=1)])
+def test_directed_graphs_are_for_push_sum(schedule):
+    with pytest.raises(ConfigError, match="push_sum"):
+        play(schedule, peers_world(topology=ErdosRenyi(p=0.3, directed=True)))
+    play(schedule, peers_world(topology=OnePeerExponential()))
 
 
 def test_what_never_trains_stays_bit_for_bit():
