@@ -50,6 +50,9 @@ class FlexLoRA(Combining):
             name = type(self.combine).__name__
             allowed = f"a rule that weighs updates: {name} acts on coordinates, and a product is not averaged by them"
             raise ConfigError("aggregator.combine", name, allowed, "Use aggregator=fedavg, or a rule such as krum.")
+        if self.combine.root:
+            allowed = "a rule whose coefficients add up to one at most: FLTrust gives updates another length"
+            raise ConfigError("aggregator.combine", type(self.combine).__name__, allowed, "Use aggregator=fedavg.")
         if isinstance(self.combine, CenteredClipping) and self.combine.stateful:
             allowed = "zero: the last outcome is no update, so it has no product"
             raise ConfigError("aggregator.combine.start", self.combine.start, allowed)

@@ -134,6 +134,9 @@ class Settings:
             if not settings.data.public:
                 allowed = f"at least 1 with {name}: the server trains on public samples of its own"
                 raise ConfigError("data.public", 0, allowed, "Try data.public=100.")
+            if settings.attack.needs_rule:
+                allowed = f"false with {name}: attackers don't know the server's own update"
+                raise ConfigError("attack.optimise", True, allowed)
             if not settings.schedule.in_rounds:
                 allowed = f"synchronous with {name}: the server's own update is that of a round"
                 raise ConfigError("schedule", type(settings.schedule).__name__, allowed)
@@ -173,6 +176,9 @@ class Settings:
         """Raise `ConfigError` where ``clients`` are too few for what is done with them."""
         if self.schedule.decentral:
             self.graph.check(clients)
+            if len(self.attack.affected(clients, self.seed)) == clients:
+                way_out = "Lower attack.fraction, or name fewer attack.clients."
+                raise ConfigError("attack", type(self.attack).__name__, "one that leaves a peer honest", way_out)
         else:
             self.aggregator.check_round(self.clients.per_round or clients)
 

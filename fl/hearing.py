@@ -56,7 +56,8 @@ def hear(round: Round, rule: Combining, models: np.ndarray, heard: Mapping[int, 
     """``models`` ``(n, d)`` with each peer's row combined by ``rule`` with what it has heard.
 
     ``heard`` are the peers whose models each takes in, with equal weights; None: all neighbours, with the graph's
-    weights. A peer that is lost, or hears fewer than the rule needs, keeps its model. Raises `RunStopped` where all do.
+    weights. A peer that is lost, or hears fewer than the rule needs, keeps its model. Raises `RunStopped` where all do
+    and none was lost.
     """
     world, mixing = round.world, round.mixing
     bad = round.hostile(world.attack)
@@ -86,7 +87,8 @@ def hear(round: Round, rule: Combining, models: np.ndarray, heard: Mapping[int, 
             continue
         key = (world.seed, "mixing", round.number, peer)
         out[peer] = own + rule.step(gap, weights, [*near.tolist(), peer], key)
-    if short == len(present):
+    round.short = short
+    if present and short == len(present) and not mixing.lost:
         raise RunStopped(
             f"In round {round.number} no peer hears as many others as {type(rule.combine).__name__} needs for "
             f"f = {rule.f}. Use a denser topology, a smaller aggregator.f, or fewer losses (network.dropout)."
@@ -100,6 +102,9 @@ def craft(
     """What the ``bad`` peers send in place of their ``models``: to all, or to ``receiver``."""
     world = round.world
     honest = [p for p in range(len(models)) if p not in {*bad, *round.mixing.lost}]
+    if not honest:
+        return {}
+    columns = round.columns  # what never trains is never sent
 
     def defence(rows: np.ndarray) -> np.ndarray:
         """The rule on all that is sent, about its mean."""
@@ -108,8 +113,10 @@ def craft(
         return centre + rule.step(rows - centre, weights, list(range(len(rows))), ("defence",))
 
     facts = Facts(
-        world.seed, round.number, list(bad), honest, states=True, starts=round.peers.states[list(bad)], rule=defence,
-        receiver=None if receiver is None else models[receiver], space=world.server.space,
+        world.seed, round.number, list(bad), honest, states=True, starts=round.peers.states[list(bad)][:, columns],
+        rule=defence, receiver=None if receiver is None else models[receiver, columns], space=world.server.space,
+        columns=None if len(columns) == models.shape[1] else columns,
     )  # fmt: skip
-    made = world.attack.craft(models[honest], models[list(bad)], facts)
-    return dict(zip(bad, np.asarray(made, models.dtype), strict=True))
+    said = models[list(bad)].copy()
+    said[:, columns] = world.attack.craft(models[honest][:, columns], said[:, columns], facts)
+    return dict(zip(bad, said, strict=True))

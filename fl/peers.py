@@ -142,7 +142,7 @@ class Peers:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """For a checkpoint, undone by `restore`."""
-        return {"peers/states": self.states, "peers/ready": self.ready, "peers/traffic": self.traffic}
+        return {"peers/states": self.states, "peers/ready": self.ready, "peers/traffic": self.traffic.copy()}
 
     def state(self) -> dict[str, Any]:
         """The plain values beside `arrays`."""

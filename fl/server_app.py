@@ -97,6 +97,9 @@ class Server:
             event = initialise(world, self.experiment)
             if event is not None:
                 self._write(self.ledger.record(event))
+        if world.peers is not None and world.kept is None:  # before its first round every peer is what the start made
+            world.peers.states[:] = world.server.vector
+        if not self.restored:
             self._evaluate(world, last=False)
             self._mark(world)
             self._save()

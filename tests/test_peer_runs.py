@@ -8,7 +8,7 @@ import pytest
 from fl.errors import ConfigError
 from fl.records import read_run
 from fl.run import resume
-from tests.helpers import SHARED, evaluations, final, go, metrics, rounds, same_metrics, vector, weights
+from tests.helpers import SHARED, clients, evaluations, final, go, metrics, rounds, same_metrics, vector, weights
 from tests.test_resume import killed_at, moments, same_end
 
 SGD = ("local=sgd", "local.lr=0.1", "adapter=ffa")
@@ -86,7 +86,39 @@ def test_the_servers_own_update_is_trained_on_public_samples(tmp_path):
     assert weights(tmp_path / "a") == weights(tmp_path / "b") and same_metrics(tmp_path / "a", tmp_path / "b")
 
 
+def test_a_backdoor_among_peers_is_trained_on_what_it_poisoned(tmp_path):
+    words = ("schedule=dpsgd", "topology=complete", "schedule.rounds=1", *SGD)
+    go(tmp_path / "clean", *words)
+    go(tmp_path / "same", *words, "attack=backdoor", "attack.clients=[0]", "attack.boost=1", "attack.from_round=2")
+    go(tmp_path / "bad", *words, "attack=backdoor", "attack.clients=[0]", "attack.boost=1")
+    losses = [[e["loss"] for e in clients(tmp_path / name)] for name in ("clean", "same", "bad")]
+    assert losses[0] == losses[1] and losses[0][1:] == losses[2][1:] and losses[0][0] != losses[2][0]
+
+
+@pytest.mark.parametrize("start", ["olora", "pissa"])
+def test_a_start_that_changes_the_base_reaches_every_peer(tmp_path, start):
+    norms = []
+    for name, words in (
+        ("server", ("aggregator.weights=uniform",)),
+        ("peers", ("schedule=dpsgd", "topology=complete")),
+    ):
+        go(tmp_path / name, f"adapter.init={start}", "local=sgd", "local.lr=0.01", "adapter=lora", *words)
+        norms.append(rounds(tmp_path / name)[0]["update_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
 REFUSED = {
+    "schedule=dpsgd sampling=poisson": "sampling",
+    "schedule=dpsgd aggregator.weights=[1,2,3,4]": "aggregator.weights",
+    "schedule=dpsgd network=lognormal network.on_leave=lose": "network.on_leave",
+    "schedule=dpsgd attack=sign_flip attack.fraction=1": "attack",
+    "schedule=dpsgd schedule.order=parallel attack=backdoor": "schedule.order",
+    "schedule=monna adapter=rolora": "adapter",
+    "schedule=monna aggregator.f=3 aggregator.combine=mean": "aggregator.f",
+    "schedule=fedbuff schedule.buffer=2 schedule.weights=identical aggregator.staleness=constant "
+    "aggregator.combine=krum aggregator.f=0": "aggregator.f",
+    "aggregator=flexlora aggregator.combine=fltrust data.public=8": "aggregator.combine",
+    "aggregator.combine=fltrust data.public=8 attack=ipm attack.optimise=true": "attack.optimise",
     "topology=ring": r"topology='ring'.*schedule=dpsgd",
     "schedule=dpsgd aggregator=flora": r"aggregator='FLoRA'",
     "schedule=gradient_tracking aggregator.combine=krum aggregator.f=1": "aggregator.combine",

@@ -102,6 +102,8 @@ class Asynchronous(Schedule):
                 "Use aggregator=fedavg, fedsb, fedsvd or rolora, or a plain mean: schedule=fedbuff "
                 "schedule.weights=identical aggregator.staleness=constant.",
             )  # fmt: skip
+        if self.size is not None:
+            settings.aggregator.check_round(self.size)
         if self.mixes and settings.aggregator.stateful:
             allowed = f"delta: {rule} changes what tensors mean from version to version, so models don't mix"
             raise ConfigError("schedule.mode", "mix", allowed)

@@ -4,7 +4,8 @@
     x_i <- v_i + gamma sum_j W_ij (h_j - h_i)
 
 ``h_i`` is what the others believe of peer i. As they follow differences, what compression leaves out is sent later,
-and the mean of the x_i is kept for any ``gamma``; with ``Q`` the identity and ``gamma = 1`` it is plain averaging.
+and the mean of the x_i is kept for any ``gamma``. A peer that missed a round is taken to learn what it missed, which
+costs nothing here; with ``Q`` the identity and ``gamma = 1`` it is plain averaging.
 Compressors are those of `fl.compression`.
 """
 
@@ -27,6 +28,8 @@ class CHOCO(Gossip):
 
     gamma: float = setting(0.3, gt=0, le=1, help="how far a peer goes towards what it believes of its neighbours")
     compressor: Compressor = setting(TopK(), help="what is sent of a difference")
+
+    symmetric = True
 
     def payload(self, size: int) -> Mapping[str, tuple[str, int]]:
         return self.compressor.payload(size)

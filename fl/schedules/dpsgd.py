@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fl.config import setting
+from fl.errors import ConfigError
 from fl.hearing import average
 from fl.schedules.gossip import Arrays, Gossip, Round, exchange, wait_for_all
 
@@ -30,6 +32,12 @@ class DPSGD(Gossip):
 
     crafts = True
     robust = True
+
+    def check(self, settings: Any) -> None:
+        super().check(settings)
+        if self.order == "parallel" and settings.attack.crafts and settings.attack.poisons:
+            allowed = "adapt_then_combine with an attack that enlarges what it learnt: models are sent before the step"
+            raise ConfigError("schedule.order", self.order, allowed)
 
     def payload(self, size: int) -> Mapping[str, tuple[str, int]]:
         return {"model": ("float32", size)}

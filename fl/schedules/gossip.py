@@ -32,6 +32,7 @@ from fl.messages import TrainReply
 from fl.mixing import Mixing
 from fl.network import WallClock
 from fl.peers import PeerJob, Peers, Trained
+from fl.sampling import Fixed
 from fl.schedules.base import Event, Parts, Schedule, World, client_event
 from fl.validation import Reason, Rejection
 
@@ -55,6 +56,7 @@ class Round:
     done: np.ndarray
     sent: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # bytes (n, 2): up, down
     rejected: Counter[str] = field(default_factory=Counter)
+    short: int = 0  # peers that heard too few for the robust rule, and kept their models
 
     @cached_property
     def columns(self) -> np.ndarray:
@@ -77,6 +79,7 @@ class Gossip(Schedule):
 
     decentral = True
     pushes: ClassVar[bool] = False  # whether it goes over directed graphs whose peers push: columns add up to one
+    symmetric: ClassVar[bool] = False  # whether what it remembers asks for symmetric weights that don't change
     # Whether any robust rule may stand in place of the average.
     robust: ClassVar[bool] = False
 
@@ -103,10 +106,14 @@ class Gossip(Schedule):
         return peers.mean()
 
     def check_directed(self, peers: Peers) -> None:
-        """Raise `ConfigError` for a directed graph whose weights are no average of what is heard."""
-        if not self.pushes and not peers.graph(1).doubly_stochastic:
-            allowed = f"a graph whose weights add up to one in rows and columns under {type(self).__name__}"
+        """Raise `ConfigError` for a graph whose weights are no average of what is heard, or don't keep the mean."""
+        graph, name = peers.graph(1), type(self).__name__
+        if not self.pushes and not graph.doubly_stochastic:
+            allowed = f"a graph whose weights add up to one in rows and columns under {name}"
             raise ConfigError("topology", peers.topology.name, allowed, "Use schedule=push_sum for directed graphs.")
+        if self.symmetric and (graph.directed or peers.topology.varies):
+            allowed = f"an undirected graph that stays the same under {name}: what it remembers belongs to its links"
+            raise ConfigError("topology", peers.topology.name, allowed, "Use schedule=dpsgd or push_sum.")
 
     def check_graph(self, world: World, peers: Peers) -> None:
         """Raise `ConfigError` for a graph that this schedule can't go over."""
@@ -143,7 +150,12 @@ class Gossip(Schedule):
         starts, began = self.starts(peers, memory), peers.ready.copy()
         present = [p for p in range(n) if world.fleet.available(p, int(began[p]))]
         if not present:
-            raise RunStopped(f"No peer is available in round {number}. Raise network.availability.")
+            windows = [world.fleet.next_available(p, int(began[p])) for p in range(n)]
+            opens = [tick for tick in windows if tick is not None]
+            if not opens:
+                raise RunStopped(f"No peer is available from round {number} on. Raise network.availability.")
+            began = np.maximum(began, min(opens))
+            present = [p for p in range(n) if world.fleet.available(p, int(began[p]))]
         trained = peers.train(world, [PeerJob(p, number, starts[p], lr, number) for p in present])
         world.validator.forget(number)
         done, outcomes = began.copy(), {}
@@ -151,6 +163,9 @@ class Gossip(Schedule):
             steps = t.outcome.steps if isinstance(t.outcome, TrainReply) else 0
             times = world.fleet.job(t.job.peer, number, steps, 0, 0)
             lost = times.dropped_at is not None
+            if times.dropped_at is not None and world.network.rejoin_s:
+                back = int(began[t.job.peer]) + times.dropped_at + ticks(world.network.rejoin_s)
+                world.fleet.away[t.job.peer] = back
             done[t.job.peer] += times.dropped_at if times.dropped_at is not None else times.compute
             outcomes[t.job.peer] = Rejection(Reason.ERROR, "its work was lost on the way") if lost else t.outcome
         fit = [t for t in trained if isinstance(outcomes[t.job.peer], TrainReply)]
@@ -164,12 +179,14 @@ class Gossip(Schedule):
         peers.ready = done.copy()
         before = world.server.vector.astype(np.float64)
         self.mix(round, memory)
-        if len(round.columns) < updates.shape[1]:
-            # What never trains is the same everywhere, and no average may round it.
-            still = np.ones(updates.shape[1], bool)
-            still[round.columns] = False
+        away = [p for p in range(n) if p not in set(present)]
+        peers.ready[away] = np.maximum(peers.ready[away], peers.ready[present].max())  # time goes on for them too
+        still = np.ones(updates.shape[1], bool)
+        still[round.columns] = False
+        if still.any():  # what never trains is the same everywhere, and no average may round it
             peers.states[:, still] = world.server.vector[still]
         mean = self.mean(peers, memory)
+        mean[still] = world.server.vector[still]
         if not np.isfinite(mean).all():
             raise RunStopped(
                 f"The peers' models are no longer finite after round {number}: the steps grew without bound. Lower "
@@ -210,6 +227,7 @@ class Gossip(Schedule):
             "live_versions": 1,
             "consensus": round.peers.consensus(),
             "bytes_links": int(round.sent[:, 0].sum()),
+            "heard_too_few": round.short,
         }
 
 
@@ -260,9 +278,12 @@ def check_peers(schedule: Schedule, settings: Any) -> None:
     need("secure_aggregation", s.secure_aggregation, not s.secure_aggregation.active, "none: there is no sum")
     need("adapter.rank", getattr(s.adapter, "rank", None), not s.adapter.mixed_ranks, "one rank for all peers")
     need("network", s.network, not isinstance(s.network, WallClock), "a model of time")
-    need(
-        "clients.per_round", s.clients.per_round, s.clients.per_round in (None, s.clients.number), "null: all take part"
-    )
+    few, leave = s.clients.per_round, s.network.on_leave
+    need("clients.per_round", few, few in (None, s.clients.number), "null: all take part")
+    plain = isinstance(s.sampling, Fixed) and not s.sampling.over_selection
+    need("sampling", s.sampling, plain, "fixed with over_selection=0: all peers take part in every round")
+    need("aggregator.weights", rule.weights, isinstance(rule.weights, str), "a word: the graph's weights decide")
+    need("network.on_leave", leave, leave == "finish", "finish")
     error = s.evaluation.aggregation_error
     need("evaluation.aggregation_error", error, not error, "false")
     if not isinstance(attack, Honest) and attack.crafts:
@@ -270,6 +291,13 @@ def check_peers(schedule: Schedule, settings: Any) -> None:
     start = s.adapter.initialisation
     alone = start is None or getattr(start, "source", "") in ("", "public", "base")
     need("adapter/init", start, alone, "one from the base or from public data")
+
+
+def check_steady(schedule: Schedule, settings: Any) -> None:
+    """Raise `ConfigError` for an adapter whose tensors train in turn, where gradients are remembered over rounds."""
+    if settings.adapter.form == "alternating":
+        allowed = f"one that trains the same tensors in every round under {type(schedule).__name__}"
+        raise ConfigError("adapter", type(settings.adapter).__name__, allowed, "Use schedule=dpsgd.")
 
 
 def check_neighbourhoods(rule: Combining, heard: int, smallest: int) -> None:

@@ -15,15 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from fl.schedules.gossip import Arrays, Gossip, Round, exchange, wait_for_all
+from fl.schedules.gossip import Arrays, Gossip, Round, check_steady, exchange, wait_for_all
 
 
 @dataclass(frozen=True)
 class GradientTracking(Gossip):
     """D-PSGD with tracked gradients: two vectors over each link and way."""
+
+    symmetric = True
+
+    def check(self, settings: Any) -> None:
+        super().check(settings)
+        check_steady(self, settings)
 
     def payload(self, size: int) -> Mapping[str, tuple[str, int]]:
         return {"model": ("float32", size), "tracker": ("float32", size)}
@@ -37,5 +44,7 @@ class GradientTracking(Gossip):
         memory["tracker"] = tracker = memory.get("tracker", np.zeros_like(fresh)) + (fresh - old)
         memory["gradient"] = fresh
         wait_for_all(round, exchange(round, self.payload(len(round.columns))))
-        peers.states = round.mixing.mean(peers.states - round.lr * tracker)
+        step = round.lr * tracker
+        step[gone] = 0
+        peers.states = round.mixing.mean(peers.states - step)
         memory["tracker"] = round.mixing.mean(tracker)

@@ -27,11 +27,12 @@ from aggregators.combining import Combining
 from aggregators.robust import NNA
 from aggregators.robust.base import Auto
 from fl.config import setting
+from fl.errors import ConfigError
 from fl.hearing import hear
 from fl.keys import generator
 from fl.peers import Peers
 from fl.schedules.base import World
-from fl.schedules.gossip import Arrays, Gossip, Round, check_neighbourhoods, exchange
+from fl.schedules.gossip import Arrays, Gossip, Round, check_neighbourhoods, check_steady, exchange
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class MoNNA(Gossip):
     def payload(self, size: int) -> Mapping[str, tuple[str, int]]:
         return {"model": ("float32", size)}
 
+    def check(self, settings: Any) -> None:
+        super().check(settings)
+        check_steady(self, settings)
+
     def rule_of(self, world: World) -> Combining:
         """The run's rule, with nearest-neighbour averaging where none is named."""
         rule = world.aggregator
@@ -57,9 +62,11 @@ class MoNNA(Gossip):
         return replace(rule, combine=NNA()) if isinstance(rule.combine, Auto) else rule
 
     def check_graph(self, world: World, peers: Peers) -> None:
-        self.check_directed(peers)
         rule = self.rule_of(world)
         smallest = min(len(peers.graph(1).neighbours(p)) for p in range(len(peers)))
+        if smallest <= rule.f:
+            allowed = f"below {smallest}, the neighbours that some peer has: it waits for all but f of them"
+            raise ConfigError("aggregator.f", rule.f, allowed)
         check_neighbourhoods(rule, smallest - rule.f, smallest)
 
     def mix(self, round: Round, memory: Arrays) -> None:
@@ -76,13 +83,14 @@ class MoNNA(Gossip):
         step[gone] = 0
         models = peers.states + step
         arrived = exchange(round, self.payload(len(round.columns)))
-        bad = frozenset(round.hostile(world.attack))
+        active = round.number >= world.attack.from_round
+        bad = peers.hostile - round.mixing.lost if active else frozenset()
         heard: dict[int, np.ndarray] = {}
         for peer in range(len(peers)):
             if peer in round.mixing.lost:
                 continue
             near = round.mixing.heard(peer)
-            wanted = min(len(near), len(peers.graph(round.number).neighbours(peer)) - rule.f)
+            wanted = max(0, min(len(near), len(peers.graph(round.number).neighbours(peer)) - rule.f))
             heard[peer] = first = self._first(round, peer, near, wanted, bad, arrived)
             times = [arrived[int(j), peer] for j in first]
             peers.ready[peer] = max([int(round.done[peer]), *times])

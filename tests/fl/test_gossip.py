@@ -195,11 +195,10 @@ def test_a_lost_peer_keeps_its_state_and_the_mean_of_all_stays():
     assert np.allclose(one_peer.weights.sum(1), 1)  # it is an average of what is heard, whoever is missing
 
 
-@pytest.mark.parametrize("schedule", [DPSGD(rounds=1), GradientTracking(rounds=1), CHOCO(rounds=1), MoNNA(rounds=1)])
+@pytest.mark.parametrize("schedule", [DPSGD(rounds=1), GradientTracking(rounds=1), CHOCO(rounds=1)])
 def test_directed_graphs_are_for_push_sum(schedule):
     with pytest.raises(ConfigError, match="push_sum"):
         play(schedule, peers_world(topology=ErdosRenyi(p=0.3, directed=True)))
-    play(schedule, peers_world(topology=OnePeerExponential()))
 
 
 def test_what_never_trains_stays_bit_for_bit():
@@ -253,3 +252,32 @@ def test_graphs_that_are_too_thin_for_a_rule_are_refused_before_training():
     with pytest.raises(ConfigError, match="2 neighbours"):
         play(DPSGD(rounds=1), w)
     assert w.grid.pushes == []
+
+
+def test_a_peer_that_is_away_comes_back_and_time_goes_on_meanwhile():
+    network = Uniform(
+        seconds_per_step=1.0, latency_s=0.0, down_mbps=None, up_mbps=None, availability=0.5, availability_period_s=60
+    )
+    w = peers_world(topology=Torus(), network=network, per_round=N)
+    rounds, _ = play(DPSGD(rounds=60), w)
+    assert len(rounds) == 60 and {e["sampled"] for e in rounds} != {N}
+    began = [e for e in rounds if e["sampled"] < N]
+    assert began and all(e["accepted"] == e["sampled"] for e in rounds)
+
+
+@pytest.mark.parametrize("dropout", [0.2, 0.4])
+def test_a_lost_peer_takes_no_step_along_its_tracker(dropout):
+    errors = {}
+    for lost in (0.0, dropout):
+        network = Uniform(seconds_per_step=1.0, latency_s=0.0, down_mbps=None, up_mbps=None, dropout=lost)
+        _, states = play(GradientTracking(rounds=1500), peers_world(network=network))
+        errors[lost] = np.abs(states - BEST).max()
+    assert errors[0.0] < 1e-8
+    assert errors[dropout] < {0.2: 5e-5, 0.4: 1e-2}[dropout]
+
+
+@pytest.mark.parametrize("schedule", [GradientTracking(rounds=1), CHOCO(rounds=1)])
+@pytest.mark.parametrize("topology", [OnePeerExponential(), ErdosRenyi(p=0.6, redraw_every=2)])
+def test_memory_of_links_asks_for_links_that_stay(schedule, topology):
+    with pytest.raises(ConfigError, match="stays the same"):
+        play(schedule, peers_world(topology=topology))

@@ -12,13 +12,17 @@ from aggregators.fedavg import FedAvg
 from aggregators.robust.base import Mean
 from aggregators.robust.centres import CenteredClipping, GeometricMedian
 from aggregators.robust.coordinates import CoordinateMedian, TrimmedMean
+from clients.adapters.space import Space
 from clients.behaviours.base import SomeClients
 from clients.behaviours.equivocation import Equivocation
 from clients.behaviours.sign_flip import SignFlip
+from clients.layout import Layout
+from fl.network import Uniform
 from fl.peers import Peers
 from fl.schedules.dpsgd import DPSGD
 from fl.schedules.monna import MoNNA
 from fl.topology.fixed import Complete, Ring
+from fl.validation import Validator
 from tests.fl.asynchronous_worlds import world
 from tests.fl.test_gossip import LOCAL, D, nothing, spread_out
 
@@ -129,3 +133,34 @@ def test_before_its_round_an_attack_says_nothing():
     _, w = played(DPSGD(rounds=2), FedAvg(weights="uniform"), late, start=start)
     _, honest = played(DPSGD(rounds=2), FedAvg(weights="uniform"), SignFlip(clients=[], from_round=3), start=start)
     assert np.array_equal(w.peers.states, honest.peers.states)
+
+
+def test_what_never_travels_is_never_attacked():
+    """The honest row of a frozen tensor is every receiver's own, whatever hostile peers say."""
+    seen = []
+
+    @dataclass(frozen=True)
+    class Looks(Says):
+        def craft(self, honest, own, facts):
+            seen.append((honest.shape, own.shape, facts.columns.tolist(), facts.starts.shape))
+            return np.full(own.shape, 5.0)
+
+    space = Space(Layout(("a", "b"), ((4,), (2,))), ("still", "moving"), (("moving",),))
+    w = world(
+        lambda c, x: np.zeros(2, np.float32), N, size=6, space=space, local=LOCAL, attack=Looks(clients=sorted(BAD)),
+        aggregator=FedAvg(weights="uniform", combine=CoordinateMedian(), f=2),
+    )  # fmt: skip
+    w.validator = Validator(space.layout.hash, 2)
+    w.peers = Peers.of(w.server, Complete(), 3, N, BAD)
+    w.peers.states[:, 4:] = np.random.default_rng(0).standard_normal((N, 2))
+    list(DPSGD(rounds=1).run(w))
+    assert seen == [((8, 2), (2, 2), [4, 5], (2, 2))]
+    assert (w.peers.states[:, :4] == 0).all()
+
+
+def test_a_round_with_no_honest_peer_left_is_survived():
+    network = Uniform(seconds_per_step=1.0, latency_s=0.0, down_mbps=None, up_mbps=None, dropout=0.9)
+    rule = FedAvg(weights="uniform", combine=CoordinateMedian(), f=2)
+    rounds, w = played(DPSGD(rounds=20), rule, SignFlip(clients=sorted(BAD)), network=network)
+    assert len(rounds) == 20 and any(e["heard_too_few"] for e in rounds)
+    assert np.isfinite(w.peers.states).all()
