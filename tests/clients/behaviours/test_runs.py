@@ -49,3 +49,13 @@ def test_wrong_labels_are_learnt(final):
     flipped, rounds = final("attack=label_flip", "attack.clients=[1,4]", "attack.kind=shift")
     assert distance(flipped, honest) > 0.01
     assert all(r["accepted"] == 6 for r in rounds)
+
+
+def test_poisoned_samples_have_hidden_states_of_their_own(tmp_path):
+    """What lies below the adapters is computed once for runs of the same samples, and of no others."""
+    words = ("adapter.layers=[1]", "adapter=lora")
+    bad = ("attack=label_flip", "attack.clients=[1]")
+    go(tmp_path / "before", *words, "model.prefix_cache=always")
+    go(tmp_path / "cached", *words, *bad, "model.prefix_cache=always")
+    go(tmp_path / "plain", *words, *bad, "model.prefix_cache=never")
+    assert distance(vector(tmp_path / "cached"), vector(tmp_path / "plain")) < 1e-5
