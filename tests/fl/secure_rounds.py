@@ -67,6 +67,8 @@ class Trainer:
 
 
 class Data:
+    poison = None
+
     def __init__(self, number: int):
         ends = np.cumsum((0, *EXAMPLES[:number]))
         self.parts = [np.arange(a, b) for a, b in itertools.pairwise(ends)]

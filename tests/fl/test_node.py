@@ -1,5 +1,7 @@
 """A node between Flower's messages and the trainer: what it refuses, and that a message may come twice."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from flwr.app import Message
@@ -31,6 +33,7 @@ class Data:
     parts = (np.array([0, 1]), np.array([2]), np.array([3, 4, 5]))
     client_tests = (np.array([5, 0]), np.array([1]), np.array([], dtype=int))
     train = Tokens()
+    poison = None
 
     def __len__(self):
         return 3
@@ -174,13 +177,11 @@ def test_affected_clients_answer_as_they_are_told():
 
 
 def test_a_client_that_has_no_loss_says_none():
-    class Mute(Honest):
-        def act(self, reply: ReplyFields, affected, *key) -> ReplyFields:
-            from dataclasses import replace
-
+    class Mute(Faulty):
+        def apply(self, reply: ReplyFields, *key) -> ReplyFields:
             return replace(reply, loss=None)
 
-    (reply,) = node(Mute()).train([request(0)])
+    (reply,) = node(Mute(clients=[0])).train([request(0)])
     assert "loss" not in reply.content["metrics"]
     assert TrainReply.from_record(reply.content).loss is None
 
