@@ -238,6 +238,9 @@ def _claim(experiment: Experiment) -> dict[str, Any]:
 def _described(experiment: Experiment, summary: dict[str, Any]) -> dict[str, Any]:
     cohort, settings = experiment.trainer.worker.cohort, experiment.settings
     plan = experiment.trainer.plan
+    around = {}
+    if settings.schedule.decentral:
+        around["topology"] = settings.graph.about(len(experiment.data), settings.seed)
     frozen = sum(p.numel() for p in cohort.model.parameters())
     return {
         "device": environment.device_name(plan.device),
@@ -246,7 +249,7 @@ def _described(experiment: Experiment, summary: dict[str, Any]) -> dict[str, Any
         "total_parameters": frozen + cohort.layout.size,
         "engine": plan.settings(),
         "partition": summary,
-        "topology": settings.graph.about(len(experiment.data), settings.seed) if settings.schedule.decentral else None,
+        **around,
     }
 
 
