@@ -3,6 +3,8 @@
     python -m benchmarks.robust                              # 20 and 100 updates of 1e6 float32
     python -m benchmarks.robust --byzfl FOLDER --out robust.json
 
+At the end comes a round of 1,000 peers (`benchmarks.gossip`).
+
 Seconds are CPU seconds of the process on one thread, so that other work on the machine counts little; each is the
 median of `--repeats` calls after one to warm up (fewer where they take long), all in the same run:
 
@@ -40,6 +42,7 @@ import torch
 from aggregators import robust
 from aggregators.mean import weighted_mean
 from aggregators.robust import Mean, NoPre, Pre, Rule
+from benchmarks import gossip
 from fl import environment
 from fl.keys import torch_generator
 
@@ -176,7 +179,7 @@ def main() -> None:
     print(f"{options.length:,} float32 numbers an update; CPU ms on one thread; {machine}")
     print(f"   n {'':20}{'rule':>11}{'x mean':>8}{'byzfl np':>11}{'torch':>11}{'x rule':>9}")
     rules = {str(n): measure(n, options.length, options.repeats, byzfl, options.only) for n in options.updates}
-    # A gossip round of many peers on a torus belongs here, below the rules.
+    gossip.show(gossip.measured(1_000, 100_000, "dpsgd", 3))
     if options.out:
         results = {
             "machine": machine,
