@@ -126,6 +126,10 @@ class Combining(Aggregator):
         )  # fmt: skip
         return found.vector.cpu().numpy()
 
+    def of_rows(self, rows: np.ndarray) -> np.ndarray:
+        """What the rule makes of ``rows`` ``(n, d)``, all alike, ``(d,)``: what an attacker knows of it."""
+        return self.step(rows, np.full(len(rows), 1 / len(rows)), range(len(rows)), ("defence",))
+
 
 def factored(server: ServerState, updates: Sequence[Update]) -> robust.Factored:
     """The updates' weight changes ``D_i = s (B_i A_i - B_0 A_0)`` in factors, without cancellation, and what is no

@@ -348,9 +348,8 @@ class Experiment:
     def _defence(self, rows: np.ndarray) -> np.ndarray:
         """What the server makes of updates ``(n, d)``: known to attackers that search against it."""
         rule = self.settings.aggregator
-        weights = np.full(len(rows), 1 / len(rows))
         assert isinstance(rule, Combining)
-        return rule.step(rows, weights, list(range(len(rows))), ("defence",))
+        return rule.of_rows(rows)
 
     def root_update(self, server: ServerState, round: int, lr: float) -> Update:
         """The server's own update, of training on its public samples as a client would (FLTrust)."""

@@ -16,7 +16,6 @@ from aggregators.combining import Combining
 from clients.behaviours.base import Facts
 from fl.errors import ConfigError, RunStopped
 from fl.mixing import Mixing
-from fl.validation import Reason
 
 if TYPE_CHECKING:
     from fl.schedules.gossip import Round
@@ -40,11 +39,12 @@ def average(round: Round, models: np.ndarray) -> np.ndarray:
     silent = set()
     centre = models.mean(axis=0, dtype=np.float64)
     for peer, row in said.items():
-        if np.linalg.norm(row - centre) <= round.world.max_update_norm:
+        norm = float(np.linalg.norm(row - centre))
+        if norm <= round.world.max_update_norm:
             heard[peer] = row
         else:
             silent.add(peer)
-            round.rejected[Reason.NOT_FINITE.value if not np.isfinite(row).all() else Reason.TOO_LARGE.value] += 1
+            round.refuse(norm)
     mixing = Mixing(round.mixing.graph, round.mixing.lost | silent, round.mixing.pushes)
     mixed, diagonal = mixing.mean(heard), mixing.weights.diagonal()
     for peer in bad:
@@ -77,7 +77,7 @@ def hear(round: Round, rule: Combining, models: np.ndarray, heard: Mapping[int, 
         norms = np.linalg.norm(gap.astype(np.float64), axis=1)
         far = ~(norms <= world.max_update_norm)
         for norm in norms[far].tolist():
-            round.rejected[(Reason.TOO_LARGE if np.isfinite(norm) else Reason.NOT_FINITE).value] += 1
+            round.refuse(norm)
         gap[far] = 0
         weights = np.full(len(gap), 1 / len(gap)) if heard is not None else mixing.row(peer, [*near.tolist(), peer])
         try:
@@ -109,8 +109,7 @@ def craft(
     def defence(rows: np.ndarray) -> np.ndarray:
         """The rule on all that is sent, about its mean."""
         centre = rows.mean(axis=0)
-        weights = np.full(len(rows), 1 / len(rows))
-        return centre + rule.step(rows - centre, weights, list(range(len(rows))), ("defence",))
+        return centre + rule.of_rows(rows - centre)
 
     facts = Facts(
         world.seed, round.number, list(bad), honest, states=True, starts=round.peers.states[list(bad)][:, columns],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Error, Message
@@ -43,6 +44,8 @@ from fl.shares import SharedClients
 from fl.statistic import sums
 from privacy.audit.log import log_of
 from privacy.base import BudgetSpent, Guard
+
+R = TypeVar("R", GradientRequest, PeerRequest)
 
 
 @dataclass
@@ -218,52 +221,50 @@ class Node:
         return Message(reply.to_record(), reply_to=message)
 
     def query(self, messages: Sequence[Message]) -> list[Message]:
-        """Replies to what is asked beside training: statistics, stages of secure aggregation, coded gradients."""
-        kinds = [dict(m.content.get("header", {})).get("kind") for m in messages]
-        staged = [m for m, kind in zip(messages, kinds) if kind == SecureRequest.kind]
-        coded = [m for m, kind in zip(messages, kinds) if kind == GradientRequest.kind]
-        peers = [m for m, kind in zip(messages, kinds) if kind == PeerRequest.kind]
-        known = (SecureRequest.kind, GradientRequest.kind, PeerRequest.kind)
-        others = [m for m, kind in zip(messages, kinds) if kind not in known]
-        replies = [self._stage(m) for m in staged] + (self.gradients(coded) if coded else [])
-        replies += self.asked(peers) if peers else []
-        return replies + (self.statistics(others) if others else [])
+        """Replies to what is asked beside training, each kind by its own part of the node."""
+        answering: dict[Any, Callable[[Sequence[Message]], list[Message]]] = {
+            SecureRequest.kind: lambda some: [self._stage(m) for m in some],
+            GradientRequest.kind: self.gradients,
+            PeerRequest.kind: self.asked,
+        }
+        groups: dict[Any, list[Message]] = {}
+        for message in messages:
+            kind = dict(message.content.get("header", {})).get("kind")
+            groups.setdefault(kind if kind in answering else StatisticRequest.kind, []).append(message)
+        return [r for kind, some in groups.items() for r in answering.get(kind, self.statistics)(some)]
 
     def asked(self, messages: Sequence[Message]) -> list[Message]:
         """One reply each to what a schedule without a server asks of its peers."""
-        replies: list[Message] = []
-        asked: list[tuple[Message, PeerRequest]] = []
-        for message in messages:
-            try:
-                request = PeerRequest.from_record(message.content)
-                self._check(request)
-                if self.part is None:
-                    raise MalformedMessage("schema", "this experiment's clients are no peers")
-                asked.append((message, request))
-            except MalformedMessage as error:
-                replies.append(_error(str(error), message))
-        answers = self.part.answer([r for _, r in asked]) if self.part is not None and asked else []
-        for (message, _), reply in zip(asked, answers, strict=True):
-            if isinstance(reply, MalformedMessage):
-                replies.append(_error(str(reply), message))
-            else:
-                replies.append(Message(reply.to_record(), reply_to=message))
-        return replies
+        refused = "this experiment's clients are no peers" if self.part is None else ""
+        return self._answered(messages, PeerRequest, refused, lambda rs: self.part.answer(rs) if self.part else [])
 
     def gradients(self, messages: Sequence[Message]) -> list[Message]:
         """One reply each: coded sums of gradients, where all clients hold the same data and nothing protects them."""
+        private = type(self.guard) is not Guard or self.secure is not None
+        refused = "these clients' gradients are private" if private else ""
+        return self._answered(messages, GradientRequest, refused, self.workers.answer)
+
+    def _answered(
+        self,
+        messages: Sequence[Message],
+        kind: type[R],
+        refused: str,
+        answer: Callable[[Sequence[R]], Sequence[TrainReply | MalformedMessage]],
+    ) -> list[Message]:
+        """A reply to each of ``messages``, by ``answer`` to all that are in order; ``refused`` says why none is."""
         replies: list[Message] = []
-        asked: list[tuple[Message, GradientRequest]] = []
+        asked: list[tuple[Message, R]] = []
         for message in messages:
             try:
-                request = GradientRequest.from_record(message.content)
+                request = kind.from_record(message.content)
                 self._check(request)
-                if type(self.guard) is not Guard or self.secure is not None:
-                    raise MalformedMessage("schema", "these clients' gradients are private")
+                if refused:
+                    raise MalformedMessage("schema", refused)
                 asked.append((message, request))
             except MalformedMessage as error:
                 replies.append(_error(str(error), message))
-        for (message, _), reply in zip(asked, self.workers.answer([r for _, r in asked]), strict=True):
+        answers = answer([request for _, request in asked]) if asked else []
+        for (message, _), reply in zip(asked, answers, strict=True):
             if isinstance(reply, MalformedMessage):
                 replies.append(_error(str(reply), message))
             else:

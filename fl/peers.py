@@ -17,7 +17,7 @@ import numpy as np
 from fl.messages import PeerRequest, TrainReply, payload_bytes
 from fl.state import ServerState, Update
 from fl.topology.links import Links
-from fl.validation import Reason, Rejection
+from fl.validation import Rejection
 
 if TYPE_CHECKING:
     from fl.network import Network
@@ -111,23 +111,12 @@ class Peers:
 
     def train(self, world: World, jobs: Sequence[PeerJob]) -> list[Trained]:
         """The jobs, each of another peer, done in one exchange; what came of them in their order."""
-        server = world.server
-        requests = {
-            j.peer: world.train_request(j.peer, j.job, j.lr, server.replace(vector=j.start), phase=j.phase)
-            for j in jobs
-        }
-        if len(requests) < len(jobs):
-            raise ValueError("one job of a peer at a time")
-        answers: dict[int, TrainReply | Rejection] = {}
-        for peer, message in world.ask(list(requests.values()))[0]:
-            answers.setdefault(peer, world.validator.check(message, requests[peer]))
-        out = []
-        for job in jobs:
-            outcome = answers.get(job.peer, Rejection(Reason.ERROR, "no reply"))
-            good = isinstance(outcome, TrainReply)
-            update = (
-                world.update(outcome, server, 0, 0, job.phase) if isinstance(outcome, TrainReply) and good else None
-            )
+        server, out = world.server, []
+        requests = [
+            world.train_request(j.peer, j.job, j.lr, server.replace(vector=j.start), phase=j.phase) for j in jobs
+        ]
+        for job, outcome in zip(jobs, world.query(requests), strict=True):
+            update = world.update(outcome, server, 0, 0, job.phase) if isinstance(outcome, TrainReply) else None
             out.append(Trained(job, outcome, update))
         return out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -210,15 +210,7 @@ class Server:
                 known[key] = self.experiment.central(trainer, state, world.server.base)[name]
             values.append(known[key])
         honest = [values[p] for p in world.peers.honest]
-        mean, std, worst = metrics.spread(honest, higher_is_better=name == "accuracy")
-        return {
-            "metric": name,
-            "mean": mean,
-            "std": std,
-            "worst_decile": worst,
-            "per_client": values,
-            "hostile": sorted(world.peers.hostile),
-        }
+        return {**_spread(name, honest), "per_client": values, "hostile": sorted(world.peers.hostile)}
 
     def _per_client(self, world: World) -> Event | None:
         requests = [world.evaluate_request(c, world.server) for c in range(world.number)]
@@ -230,12 +222,8 @@ class Server:
         if not good:
             return None
         values = [float(good[c].metrics[name]) if c in good else None for c in range(world.number)]  # type: ignore[arg-type]
-        mean, std, worst = metrics.spread(values, higher_is_better=name == "accuracy")
         return {
-            "metric": name,
-            "mean": mean,
-            "std": std,
-            "worst_decile": worst,
+            **_spread(name, values),
             "per_client": values,
             "loss_mean": float(np.mean([r.loss for r in good.values()])),
             "bytes_down": sum(sent.values()),
@@ -320,3 +308,9 @@ class Server:
             "epsilon": self.world.guard.epsilon,
             "stopped": self.stopped,
         }
+
+
+def _spread(name: str, values: Sequence[float | None]) -> Event:
+    """How the metric ``name`` is spread over ``values``, as an evaluation's event has it."""
+    mean, std, worst = metrics.spread(values, higher_is_better=name == "accuracy")
+    return {"metric": name, "mean": mean, "std": std, "worst_decile": worst}

@@ -92,6 +92,11 @@ class Space:
         return any(set(self.names) - set(phase) for phase in self.phases)
 
     @property
+    def moving(self) -> np.ndarray:
+        """The columns ``(m,)`` of all tensors that train in some round."""
+        return self.columns({group for phase in self.phases for group in phase})
+
+    @property
     def trainable(self) -> int:
         """Scalars that train in a round, at most."""
         return max(len(self.columns(phase)) for phase in self.phases)

@@ -8,7 +8,6 @@ them is due.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,7 +22,7 @@ from fl.gossip.rates import Rates
 from fl.keys import generator
 from fl.messages import TrainReply
 from fl.peers import PeerJob
-from fl.schedules.base import Event, Parts, World, client_event
+from fl.schedules.base import Event, Parts, World, client_event, outcome_fields
 from fl.validation import Reason, Rejection
 
 _PREFIX = "pairs/"
@@ -57,9 +56,8 @@ class Pairs:
         assert world.peers is not None
         self.world, self.method, self.unit, self.poisson, self.rounds = world, method, unit, poisson, rounds
         self.peers, number = world.peers, len(world.peers)
-        space = world.server.space
-        travels = space.columns({group for phase in space.phases for group in phase})
-        self.size = self.peers.size(world.server.layout.hash, {"model": ("float32", len(travels))})
+        travels = len(world.server.space.moving)
+        self.size = self.peers.size(world.server.layout.hash, {"model": ("float32", travels)})
         self.edges = rates.edges.tolist()
         self.clock = PoissonClock(rates.values, unit, world.seed, "edge clock")
         self.queue = EventQueue(world.clock)
@@ -279,32 +277,14 @@ class _Since:
     """What has happened since the last round, of which ``carried`` bytes came before."""
 
     carried: int = 0
-    ended: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    steps: int = 0
-    tokens: int = 0
-    met: int = 0
-    losses: list[float] = field(default_factory=list)
+    outcomes: list[TrainReply | Rejection] = field(default_factory=list)
+    met: list[int] = field(default_factory=list)  # of the accepted jobs
 
     def note(self, outcome: TrainReply | Rejection, met: int) -> None:
-        self.ended += 1
-        if isinstance(outcome, Rejection):
-            self.rejected[outcome.reason.value] += 1
-            return
-        self.steps += outcome.steps
-        self.tokens += outcome.tokens
-        self.met += met
-        self.losses += [] if outcome.loss is None else [outcome.loss]
+        self.outcomes.append(outcome)
+        self.met += [met] if isinstance(outcome, TrainReply) else []
 
     def fields(self) -> dict[str, Any]:
         """The fields of the round's event."""
-        good = self.ended - self.rejected.total()
-        return {
-            "sampled": self.ended,
-            "accepted": good,
-            "rejected": dict(sorted(self.rejected.items())),
-            "client_steps": self.steps,
-            "tokens": self.tokens,
-            "loss": float(np.mean(self.losses)) if self.losses else None,
-            "staleness": self.met / good if good else None,
-        }
+        staleness = sum(self.met) / len(self.met) if self.met else None
+        return {**outcome_fields(self.outcomes), "staleness": staleness}

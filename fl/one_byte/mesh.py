@@ -18,7 +18,7 @@ from fl.messages import PeerRequest, TrainReply
 from fl.one_byte.log import Entry, Rule, unpack
 from fl.one_byte.replicas import fingerprint
 from fl.peers import Peers, mean_and_consensus
-from fl.schedules.base import Event, Parts, World, client_event
+from fl.schedules.base import Event, Parts, World, client_event, outcome_fields
 from fl.topology.links import Links
 from fl.validation import Reason, Rejection
 
@@ -276,23 +276,15 @@ class Mesh:
                 bytes_down=found.received[p], bytes_up=found.sent[p], reply=outcome, taken=outcome,
                 phases=(found.start, found.ready[p], None),
             )  # fmt: skip
-        good = [o for o in found.outcomes.values() if isinstance(o, TrainReply)]
-        rejected = Counter(o.reason.value for o in found.outcomes.values() if isinstance(o, Rejection))
-        losses = [o.loss for o in good if o.loss is not None]
         total = found.sent.total()
         yield {
             "event": "round",
             "round": number,
             "version": world.server.version,
             "virtual_s": world.clock.now_s,
-            "sampled": len(found.outcomes),
-            "accepted": len(good),
-            "rejected": dict(sorted(rejected.items())),
+            **outcome_fields(found.outcomes.values()),
             "bytes_down": total,
             "bytes_up": total,
-            "client_steps": sum(o.steps for o in good),
-            "tokens": sum(o.tokens for o in good),
-            "loss": float(np.mean(losses)) if losses else None,
             "update_norm": moved,
             "bytes_once": 0,
             "aggregation_error": None,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -24,6 +25,7 @@ from clients.local.training import LocalTraining
 from fl.clock import Clock, seconds
 from fl.config import setting
 from fl.downlink import Downlink
+from fl.errors import ConfigError
 from fl.fleet import Fleet
 from fl.messages import (
     EvaluateRequest,
@@ -234,16 +236,45 @@ class World:
                 pause_s = min(1.0, pause_s * 1.5)
         return replies, sent
 
-    def query(self, requests: Sequence[PeerRequest]) -> list[TrainReply | Rejection]:
-        """What the peers answer to ``requests``, one each, in their order, checked."""
+    def query(self, requests: Sequence[Request]) -> list[TrainReply | Rejection]:
+        """What the clients answer to ``requests``, one of each, in their order, checked."""
         asked = {r.client: r for r in requests}
         if len(asked) < len(requests):
-            raise ValueError("one request to a peer at a time")
+            raise ValueError("one request to a client at a time")
         silent = Rejection(Reason.ERROR, "no reply")
         answers: dict[int, TrainReply | Rejection] = {}
         for client, reply in self.ask(requests)[0]:
             answers.setdefault(client, self.validator.check(reply, asked[client]))
         return [answers.get(r.client, silent) for r in requests]
+
+
+def outcome_fields(outcomes: Collection[TrainReply | Rejection], unheard: Counter[str] | None = None) -> Event:
+    """The fields of a round's event that say what came of its jobs; ``unheard`` are further rejections, by reason."""
+    good = [o for o in outcomes if isinstance(o, TrainReply)]
+    rejected = Counter(o.reason.value for o in outcomes if isinstance(o, Rejection)) + (unheard or Counter())
+    losses = [o.loss for o in good if o.loss is not None]
+    return {
+        "sampled": len(outcomes),
+        "accepted": len(good),
+        "rejected": dict(sorted(rejected.items())),
+        "client_steps": sum(o.steps for o in good),
+        "tokens": sum(o.tokens for o in good),
+        "loss": float(np.mean(losses)) if losses else None,
+    }
+
+
+def demand(where: str) -> Callable[..., None]:
+    """A check of settings: ``need(key, value, right, allowed, way_out="")`` raises `ConfigError` unless ``right``.
+
+    ``where`` ends the sentence that says what is allowed.
+    """
+
+    def need(key: str, value: Any, right: bool, allowed: str, way_out: str = "") -> None:
+        if not right:
+            shown = value if isinstance(value, int | float | str | None) else type(value).__name__
+            raise ConfigError(key, shown, f"{allowed} {where}", way_out)
+
+    return need
 
 
 def client_event(
@@ -289,7 +320,8 @@ class Schedule(ABC):
     # on the sampling, on sums of a round, or on stages around its training needs.
     in_rounds: ClassVar[bool] = False
     # Whether there is no server: every client is a peer with a state of its own. ``graph`` is then who hears whom under
-    # ``topology=auto``, and ``crafts`` whether hostile peers may send others than their models.
+    # ``topology=auto``; ``crafts`` says that its peers mix by `fl.hearing`: by robust rules too, and hostile ones may
+    # send others than their models.
     decentral: ClassVar[bool] = False
     graph: ClassVar[str] = "ring"
     crafts: ClassVar[bool] = False

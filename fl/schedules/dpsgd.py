@@ -31,7 +31,6 @@ class DPSGD(Gossip):
     )
 
     crafts = True
-    robust = True
 
     def check(self, settings: Any) -> None:
         super().check(settings)

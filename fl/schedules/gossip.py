@@ -14,9 +14,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,6 +23,7 @@ import numpy as np
 from aggregators.combining import Combining
 from aggregators.fedavg import FedAvg
 from aggregators.robust.trust import FoolsGold
+from aggregators.staleness import Constant
 from clients.behaviours.none import Honest
 from fl.clock import ticks
 from fl.config import setting
@@ -33,7 +33,7 @@ from fl.mixing import Mixing
 from fl.network import WallClock
 from fl.peers import PeerJob, Peers, Trained
 from fl.sampling import Fixed
-from fl.schedules.base import Event, Parts, Schedule, World, client_event
+from fl.schedules.base import Event, Parts, Schedule, World, client_event, demand, outcome_fields
 from fl.validation import Reason, Rejection
 
 Arrays = dict[str, np.ndarray]
@@ -54,15 +54,18 @@ class Round:
     mixing: Mixing
     updates: np.ndarray
     done: np.ndarray
-    sent: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # bytes (n, 2): up, down
+    sent: np.ndarray  # bytes (n, 2): up, down
     rejected: Counter[str] = field(default_factory=Counter)
     short: int = 0  # peers that heard too few for the robust rule, and kept their models
 
-    @cached_property
+    @property
     def columns(self) -> np.ndarray:
-        """The columns ``(m,)`` that travel: of all tensors that train in some round."""
-        space = self.world.server.space
-        return space.columns({group for phase in space.phases for group in phase})
+        """The columns ``(m,)`` that travel."""
+        return self.world.server.space.moving
+
+    def refuse(self, norm: float) -> None:
+        """Count a message that is not heard, of a model at distance ``norm``."""
+        self.rejected[(Reason.TOO_LARGE if np.isfinite(norm) else Reason.NOT_FINITE).value] += 1
 
     def hostile(self, attack: Any) -> list[int]:
         """The peers that send others than their models in this round, and are heard."""
@@ -80,8 +83,6 @@ class Gossip(Schedule):
     decentral = True
     pushes: ClassVar[bool] = False  # whether it goes over directed graphs whose peers push: columns add up to one
     symmetric: ClassVar[bool] = False  # whether what it remembers asks for symmetric weights that don't change
-    # Whether any robust rule may stand in place of the average.
-    robust: ClassVar[bool] = False
 
     def participations(self) -> int | None:
         return self.rounds
@@ -96,10 +97,6 @@ class Gossip(Schedule):
     @abstractmethod
     def mix(self, round: Round, memory: Arrays) -> None:
         """Set ``round.peers.states`` (new arrays) and ``memory`` after an exchange with the neighbours."""
-
-    def starts(self, peers: Peers, memory: Arrays) -> np.ndarray:
-        """Where the peers train from, ``(n, d)``."""
-        return peers.states
 
     def mean(self, peers: Peers, memory: Arrays) -> np.ndarray:
         """The mean that stands for all peers, ``(d,)``."""
@@ -147,7 +144,7 @@ class Gossip(Schedule):
 
     def _round(self, world: World, peers: Peers, memory: Arrays, number: int) -> Iterator[Event]:
         n, lr = len(peers), world.local.lr_at(number, self.rounds)
-        starts, began = self.starts(peers, memory), peers.ready.copy()
+        began = peers.ready.copy()
         present = [p for p in range(n) if world.fleet.available(p, int(began[p]))]
         if not present:
             windows = [world.fleet.next_available(p, int(began[p])) for p in range(n)]
@@ -156,7 +153,7 @@ class Gossip(Schedule):
                 raise RunStopped(f"No peer is available from round {number} on. Raise network.availability.")
             began = np.maximum(began, min(opens))
             present = [p for p in range(n) if world.fleet.available(p, int(began[p]))]
-        trained = peers.train(world, [PeerJob(p, number, starts[p], lr, number) for p in present])
+        trained = peers.train(world, [PeerJob(p, number, peers.states[p], lr, number) for p in present])
         world.validator.forget(number)
         done, outcomes = began.copy(), {}
         for t in trained:
@@ -174,8 +171,8 @@ class Gossip(Schedule):
         updates = peers.updates()
         for t in fit:
             t.lay(updates[t.job.peer])
-        round = Round(world, peers, number, lr, Mixing(graph, out, self.pushes), updates, done)
-        round.sent = np.zeros((n, 2), np.int64)
+        mixing, sent = Mixing(graph, out, self.pushes), np.zeros((n, 2), np.int64)
+        round = Round(world, peers, number, lr, mixing, updates, done, sent)
         peers.ready = done.copy()
         before = world.server.vector.astype(np.float64)
         self.mix(round, memory)
@@ -202,23 +199,15 @@ class Gossip(Schedule):
         yield self._event(round, outcomes, float(np.linalg.norm(mean - before)))
 
     def _event(self, round: Round, outcomes: Mapping[int, TrainReply | Rejection], moved: float) -> Event:
-        good = [o for o in outcomes.values() if isinstance(o, TrainReply)]
-        rejected = Counter(o.reason.value for o in outcomes.values() if isinstance(o, Rejection)) + round.rejected
-        losses = [o.loss for o in good if o.loss is not None]
         world = round.world
         return {
             "event": "round",
             "round": round.number,
             "version": world.server.version,
             "virtual_s": world.clock.now_s,
-            "sampled": len(outcomes),
-            "accepted": len(good),
-            "rejected": dict(sorted(rejected.items())),
+            **outcome_fields(outcomes.values(), round.rejected),
             "bytes_down": int(round.sent[:, 1].sum()),
             "bytes_up": int(round.sent[:, 0].sum()),
-            "client_steps": sum(o.steps for o in good),
-            "tokens": sum(o.tokens for o in good),
-            "loss": float(np.mean(losses)) if losses else None,
             "update_norm": moved,
             "bytes_once": 0,
             "aggregation_error": None,
@@ -231,14 +220,11 @@ class Gossip(Schedule):
         }
 
 
-def exchange(
-    round: Round, payload: Mapping[str, tuple[str, int]], edges: Sequence[tuple[int, int]] | None = None
-) -> dict[tuple[int, int], int]:
-    """Send one message of ``payload`` over every link of the round (or the ``edges``, from and to): counts the bytes
-    and returns the ticks at which they arrive."""
-    peers, lost = round.peers, round.mixing.lost
-    if edges is None:
-        edges = [(int(j), i) for i in range(len(peers)) if i not in lost for j in round.mixing.heard(i)]
+def exchange(round: Round, payload: Mapping[str, tuple[str, int]]) -> dict[tuple[int, int], int]:
+    """Send one message of ``payload`` over every link of the round: counts the bytes, and returns the ticks at which
+    they arrive, by (from, to)."""
+    peers = round.peers
+    edges = [(int(j), i) for i in range(len(peers)) for j in round.mixing.heard(i)]
     size = peers.size(round.world.server.layout.hash, payload)
     arrived = peers.queues(round.world.network).send([(src, dst, int(round.done[src]), size) for src, dst in edges])
     src, dst = np.array([e[0] for e in edges], np.int64), np.array([e[1] for e in edges], np.int64)
@@ -256,24 +242,15 @@ def wait_for_all(round: Round, arrived: Mapping[tuple[int, int], int]) -> None:
 
 def check_peers(schedule: Schedule, settings: Any) -> None:
     """Raise `ConfigError` for what peers have no place for."""
-    name = type(schedule).__name__
-
-    def need(key: str, value: Any, right: bool, allowed: str, way_out: str = "") -> None:
-        if not right:
-            shown = value if isinstance(value, int | float | str | None) else type(value).__name__
-            raise ConfigError(key, shown, f"{allowed} under {name}", way_out)
-
-    s, rule, attack = settings, settings.aggregator, settings.attack
+    need = demand(f"under {type(schedule).__name__}")
+    s, rule, attack, way_out = settings, settings.aggregator, settings.attack, "Use schedule=dpsgd or monna."
     need("aggregator", rule, type(rule) is FedAvg, "fedavg: a peer mixes models itself (aggregator.combine)")
     if not rule.plain:
-        robust = getattr(schedule, "robust", False)
-        need(
-            "aggregator.combine", rule.combine, robust, "auto: no robust form is known", "Use schedule=dpsgd or monna."
-        )
+        need("aggregator.combine", rule.combine, schedule.crafts, "auto: no robust form is known", way_out)
         need("aggregator.space", rule.space, rule.space == "factors", "factors")
         alone = not rule.combine.root and not isinstance(rule.combine, FoolsGold)
         need("aggregator.combine", rule.combine, alone, "a rule without a server's own data or memory")
-    need("aggregator.staleness", rule.staleness, type(schedule.rule(rule.staleness)).__name__ == "Constant", "auto")
+    need("aggregator.staleness", rule.staleness, type(schedule.rule(rule.staleness)) is Constant, "auto")
     need("server_optimizer", s.server_optimizer, s.server_optimizer.plain, "sgd with lr 1: there is no server")
     need("secure_aggregation", s.secure_aggregation, not s.secure_aggregation.active, "none: there is no sum")
     need("adapter.rank", getattr(s.adapter, "rank", None), not s.adapter.mixed_ranks, "one rank for all peers")
@@ -287,7 +264,7 @@ def check_peers(schedule: Schedule, settings: Any) -> None:
     error = s.evaluation.aggregation_error
     need("evaluation.aggregation_error", error, not error, "false")
     if not isinstance(attack, Honest) and attack.crafts:
-        need("attack", attack, schedule.crafts, "none, or one on data", "Use schedule=dpsgd or monna.")
+        need("attack", attack, schedule.crafts, "none, or one on data", way_out)
     start = s.adapter.initialisation
     alone = start is None or getattr(start, "source", "") in ("", "public", "base")
     need("adapter/init", start, alone, "one from the base or from public data")

@@ -33,7 +33,7 @@ from fl.config import setting
 from fl.errors import ConfigError, ShoalError
 from fl.network import WallClock
 from fl.sampling import Fixed
-from fl.schedules.base import Event, Schedule, World
+from fl.schedules.base import Event, Schedule, World, demand
 from privacy.none import NoPrivacy
 
 
@@ -74,11 +74,7 @@ class GradientCoding(Schedule):
             raise ConfigError("schedule.scheme", shown, "what can be built", str(error)) from error
 
     def check(self, settings: Any) -> None:
-        def need(key: str, value: Any, right: bool, allowed: str) -> None:
-            if not right:
-                shown = value if isinstance(value, int | float | str | None) else type(value).__name__
-                raise ConfigError(key, shown, f"{allowed} with schedule=gradient_coding")
-
+        need = demand("with schedule=gradient_coding")
         s = settings
         copies = (
             "replicated, since workers compute each other's shares: private data are never copied to other clients,"

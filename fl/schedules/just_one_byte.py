@@ -28,7 +28,6 @@ from clients.behaviours.none import Honest
 from clients.local.optimizers import SGD
 from clients.local.training import LocalTraining
 from fl.config import setting
-from fl.errors import ConfigError
 from fl.messages import Request
 from fl.one_byte.codec import WIDTH
 from fl.one_byte.log import Rule
@@ -36,7 +35,7 @@ from fl.one_byte.losses import losses_of
 from fl.one_byte.membership import HOW, Membership
 from fl.one_byte.mesh import Mesh
 from fl.one_byte.replicas import Replicas
-from fl.schedules.base import Event, PeerPart, Schedule, World
+from fl.schedules.base import Event, PeerPart, Schedule, World, demand
 from fl.schedules.gossip import check_peers
 from fl.topology.auto import Auto
 from fl.topology.fixed import Complete
@@ -87,12 +86,7 @@ class JustOneByte(Schedule):
 
     def check(self, settings: Any) -> None:
         check_peers(self, settings)
-
-        def need(key: str, value: Any, right: bool, allowed: str, way_out: str = "") -> None:
-            if not right:
-                shown = value if isinstance(value, int | float | str | None) else type(value).__name__
-                raise ConfigError(key, shown, f"{allowed} under JustOneByte", way_out)
-
+        need = demand("under JustOneByte")
         s, local = settings, settings.local
         topology = s.topology
         need("topology", topology, isinstance(topology, Auto | Complete), "auto or complete: everybody hears everybody")

@@ -45,7 +45,6 @@ class MoNNA(Gossip):
     )
 
     crafts = True
-    robust = True
     graph = "complete"
 
     def payload(self, size: int) -> Mapping[str, tuple[str, int]]:
