@@ -64,12 +64,12 @@ def cohorts(works: Sequence[Work], lengths: np.ndarray, size: int, workers: int)
 class Trainer:
     """Runs jobs and evaluations by a `Plan`. Close it when done: it may own processes."""
 
-    def __init__(self, worker: Worker, plan: Plan):
+    def __init__(self, worker: Worker, plan: Plan, forks: bool = True):
         self.worker, self.plan = worker, plan
         self.on_cohort: Callable[[list[Fit]], None] = lambda fits: None
         # More than one thread too goes to a child: this process must not start a thread pool of its own, since a
         # process that has one can't fork safely, and a sweep forks again for its next run.
-        apart = plan.device == "cpu" and plan.workers * plan.threads > 1 and available()
+        apart = forks and plan.device == "cpu" and plan.workers * plan.threads > 1 and available()
         self.pool = Pool(worker, plan.workers, plan.threads) if apart else None
         if self.pool is None:
             torch.set_num_threads(plan.threads)

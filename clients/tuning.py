@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -50,6 +50,9 @@ class Resources:
     cohort_size: int | str = setting("auto", ge=1, help="clients trained in one pass, or auto")
     workers: int | str = setting("auto", ge=1, help="worker processes, or auto")
     threads: int | str = setting("auto", ge=1, help="torch threads in each process, or auto")
+
+    # Whether this process may start others by fork, which is not safe where threads are at work already.
+    forks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("cohort_size", "workers", "threads"):
@@ -232,7 +235,7 @@ class _Bench:
 
 
 def _measure(wanted: Resources, plan: Plan, probe: Probe, jobs: int) -> tuple[Plan, dict[str, float]]:
-    forked = plan.device == "cpu" and available()
+    forked = plan.device == "cpu" and wanted.forks and available()
     bench = _Bench(probe, forked)
     try:
         single = replace(plan, workers=1, threads=1) if plan.device == "cpu" else plan

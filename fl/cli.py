@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fl.errors import ConfigError, ShoalError
+from fl.hosts.arguments import add_commands
 
 _RUN_HELP = """\
 settings are key=value words, e.g.
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="shoal", description="Federated and decentralized fine-tuning, simulated on one machine."
+        prog="shoal", description="Federated and decentralized fine-tuning, simulated or across hosts."
     )
     parser.set_defaults(call=lambda options: parser.print_help())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("group", nargs="?", help="one group, with its settings")
     listing.add_argument("--json", action="store_true", help="for scripts")
     listing.set_defaults(call=_list)
+    add_commands(commands)
     return parser
 
 

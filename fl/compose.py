@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from fl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,7 +46,9 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Path]]:
         resolved = OmegaConf.to_container(full, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
     settings = {str(k): v for k, v in resolved.items()}
-    _drop_foreign(settings, {str(o.key_or_group): o.value() for o in parsed if not o.is_delete()})
+    given = {str(o.key_or_group): o.value() for o in parsed if not o.is_delete()}
+    _drop_foreign(settings, given)
+    _tell_time(settings, given)
     return settings, folders
 
 
@@ -161,6 +165,18 @@ def _drop_foreign(settings: dict[str, Any], given: Mapping[str, Any]) -> None:
             name_of = f"{prefix}{key}."
             if not any(f"{g}.".startswith(name_of) or name_of.startswith(f"{g}.") for g in given if "." in g):
                 _pop(settings, [*group.split("/"), *key.split(".")])
+
+
+def _tell_time(settings: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """On hosts time is real: ``network=wall_clock`` stands in the place of a model of time that nobody typed."""
+    engine = settings.get("engine")
+    if not isinstance(engine, dict) or engine.get("_target_") != "fl.engine.settings.SuperLink" or "network" in given:
+        return
+    from fl.listing import config_dir
+
+    own = yaml.safe_load((config_dir() / "network" / "wall_clock.yaml").read_text(encoding="utf-8"))
+    typed = {key.removeprefix("network."): value for key, value in given.items() if key.startswith("network.")}
+    settings["network"] = {**own, **typed}
 
 
 def nested(group: str, options: Mapping[str, Any]) -> set[str]:

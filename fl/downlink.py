@@ -221,21 +221,28 @@ class Holdings:
             raise MalformedMessage("schema", f"the change of the base can't be read ({error})") from error
         return total
 
-    def parts(self) -> dict[str, np.ndarray]:
-        """For a checkpoint: named arrays, undone by `restore`."""
-        arrays = {f"holdings/state/{v}/{kind}": state for (v, kind), state in self.states.items()}
+    def parts(self, client: int | None = None) -> dict[str, np.ndarray]:
+        """For a checkpoint: named arrays, undone by `restore`; of one ``client`` alone, or all."""
+        held = {c: v for c, v in self.held.items() if client in (None, c)}
+        used = {(v, self.space.kind(c)) for c, v in held.items()}
+        arrays = {f"holdings/state/{v}/{kind}": s for (v, kind), s in self.states.items() if (v, kind) in used}
         for version, change in self.bases.items():
+            if version not in held.values():
+                continue
             packed, ranks = self.space.pack(change)
             arrays[f"holdings/base/{version}"] = packed
             arrays[f"holdings/ranks/{version}"] = np.array(ranks, np.int64)
-        if self.held:
-            arrays["holdings/held"] = np.array(sorted(self.held.items()), np.int64)
+        if held:
+            arrays["holdings/held"] = np.array(sorted(held.items()), np.int64)
         return arrays
 
-    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Undo `parts`; other arrays are ignored."""
-        self.held = {int(c): int(v) for c, v in arrays.get("holdings/held", np.zeros((0, 2)))}
-        self.states, self.bases = {}, {}
+    def restore(self, arrays: Mapping[str, np.ndarray], client: int | None = None) -> None:
+        """Undo `parts`; other arrays are ignored, and so is what others hold, of one ``client``."""
+        if client is None:
+            self.held, self.states, self.bases = {}, {}, {}
+        else:
+            self.held.pop(client, None)
+        self.held |= {int(c): int(v) for c, v in arrays.get("holdings/held", np.zeros((0, 2)))}
         for path, array in arrays.items():
             kind, _, rest = path.removeprefix("holdings/").partition("/")
             if not path.startswith("holdings/"):

@@ -21,6 +21,7 @@ from clients.adapters.initial.base import DataDriven
 from clients.behaviours.base import Behaviour
 from clients.behaviours.none import Honest
 from clients.cohort import Cohort
+from clients.data.at_nodes import AtNodes, held
 from clients.data.federated import FederatedData, federate
 from clients.data.partition import Partition, Replicated
 from clients.data.source import Source
@@ -32,7 +33,8 @@ from clients.prefix import PrefixCache, first_adapted_layer
 from clients.trainer import Plan, Trainer
 from clients.worker import Worker
 from fl.config import build, setting
-from fl.engine.settings import InProcess
+from fl.engine.home import Charges, Samples, at_server
+from fl.engine.settings import Engine
 from fl.errors import ConfigError
 from fl.evaluation import Evaluation, numbers
 from fl.network import Network
@@ -97,7 +99,7 @@ class Settings:
     network: Network
     aggregator: Aggregator
     server_optimizer: ServerOptimizer
-    engine: InProcess
+    engine: Engine
     privacy: Privacy
     secure_aggregation: SecureAggregation
     attack: Behaviour
@@ -141,6 +143,7 @@ class Settings:
                 allowed = f"synchronous with {name}: the server's own update is that of a round"
                 raise ConfigError("schedule", type(settings.schedule).__name__, allowed)
         settings.attack.check(settings)
+        settings.engine.check(settings)
         settings.schedule.check(settings)
         settings.schedule.rule(settings.aggregator.staleness).check(settings)
         settings.secure_aggregation.check(settings)
@@ -163,7 +166,8 @@ class Settings:
             allowed = f"above 0: {type(start).__name__} starts from a gradient, and a head of zeros passes none on"
             raise ConfigError("model.head_std", 0.0, allowed, "Try model.head_std=0.02.")
         settings.adapter.config(settings.adapter.target_modules or settings.model.target_modules)
-        tuning.pick_device(settings.engine.device)
+        if not settings.engine.remote:  # else it is the device of other machines
+            tuning.pick_device(settings.engine.device)
         settings.tracker.check()
         return settings
 
@@ -224,10 +228,25 @@ class Shared:
 
 
 class Experiment:
-    """One run's data, adapter and node, made when they are first needed. Close it when done."""
+    """One run's data, adapter and node, made when they are first needed. Close it when done.
 
-    def __init__(self, settings: Settings, shared: Shared | None = None, note: Callable[[str], None] = lambda _: None):
-        self.settings, self.shared, self.note = settings, shared or Shared(), note
+    ``hosted`` is how many clients train here, where not all do.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        shared: Shared | None = None,
+        note: Callable[[str], None] = lambda _: None,
+        hosted: int | None = None,
+    ):
+        self.settings, self.shared, self.note, self.hosted = settings, shared or Shared(), note, hosted
+        self.told: dict[
+            int, tuple[int, int]
+        ] = {}  # at the server: samples (train, test) that clients have of their own
+        self.samples: Samples | None = None  # at a node: what its clients have of their own
+        self.secret: bytes | None = None  # of this place and run, that noise is keyed with
+        self.charges: Charges | None = None  # at the server: what clients elsewhere may have spent
         self._trainer: Trainer | None = None
         self.plan: Plan | None = None
 
@@ -235,7 +254,11 @@ class Experiment:
     def data(self) -> FederatedData:
         """The federated data; checks the settings that depend on it."""
         s = self.settings
+        if self.samples is not None:
+            return self.samples.federated()
         train, test = self.shared.data(s)
+        if isinstance(s.partition, AtNodes):
+            return at_server(s, train, test, self.told)
         data = federate(train, test, s.partition, s.clients.number, s.seed, s.data.client_test_fraction, s.data.public)
         if s.clients.per_round is not None and s.clients.per_round > len(data):
             raise ConfigError("clients.per_round", s.clients.per_round, f"at most the {len(data)} clients there are")
@@ -284,7 +307,7 @@ class Experiment:
     def choose_plan(self) -> Plan:
         """Measure, or look up, how to lay the work on the machine."""
         s = self.settings
-        parts = sorted(self.data.parts, key=len, reverse=True)
+        parts = sorted(held(self.data.parts), key=len, reverse=True) or [np.arange(len(self.data.train))]
         typical = [s.local.batches(s.seed, c, 0, part)[0] for c, part in enumerate(parts[: min(16, self.per_round)])]
         private = None
         if s.privacy.unit == "example":
@@ -294,7 +317,8 @@ class Experiment:
             self.cohort, [self.data.train.batch(b) for b in typical], s.local.optimizer, s.local.accumulation, private
         )
         shape = [s.model.fingerprint(), s.adapter, s.local.batch_size, s.local.accumulation, s.data.max_length]
-        self.plan = tuning.choose(s.engine, probe, self.per_round, [*shape, s.local.optimizer, private], self.note)
+        jobs = min(self.per_round, self.hosted or self.per_round)
+        self.plan = tuning.choose(s.engine, probe, jobs, [*shape, s.local.optimizer, private], self.note)
         return self.plan
 
     @cached_property
@@ -304,7 +328,7 @@ class Experiment:
         cohort = self.cohort(plan.torch_dtype, plan.attention, plan.device)
         sets = {"train": self.data.train, **self.tests}
         worker = Worker(cohort, sets, self.settings.local, self.settings.seed, self._prefix(cohort, sets))
-        self._trainer = Trainer(worker, plan)
+        self._trainer = Trainer(worker, plan, self.settings.engine.forks)
         return self._trainer
 
     def _prefix(self, cohort: Cohort, sets: Mapping[str, TokenData]) -> PrefixCache | None:
@@ -339,7 +363,8 @@ class Experiment:
             secure = SharedClients(s.secure_aggregation, s.seed, self.codecs)
         elif isinstance(s.secure_aggregation, SecAggPlus):
             weighted = s.aggregator.weights == "examples"
-            secure = SecureClients(s.secure_aggregation, s.seed, self.codecs, weighted, noise_root(s))
+            root = self.guard.keyed(noise_root(s))
+            secure = SecureClients(s.secure_aggregation, s.seed, self.codecs, weighted, root)
         # Among peers, what hostile ones send each other is another thing than what they learn.
         attack = Honest() if s.schedule.decentral and s.attack.crafts else s.attack
         part, rule = s.schedule.part(self), self._defence if s.attack.needs_rule else None
@@ -377,7 +402,10 @@ class Experiment:
         sizes = [len(part) for part in self.data.parts]
         if self.settings.privacy.unit == "example":
             example_level.check_disjoint(self.data.parts)
-        return self.settings.privacy.guard(self.settings, sizes, self.trainer.worker.cohort.space)
+        guard = self.settings.privacy.guard(self.settings, sizes, self.trainer.worker.cohort.space)
+        if self.secret is not None:
+            guard.own(self.secret)
+        return guard
 
     def close(self) -> None:
         if self._trainer is not None:

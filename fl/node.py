@@ -7,7 +7,7 @@ client remembered before it, and the memory from before its newest job is kept u
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -86,6 +86,7 @@ class Node:
         self.holdings = Holdings(space)
         self.memories: dict[int, Remembered] = {}
         self.affected = behaviour.affected(len(data), seed)
+        self.hosted: frozenset[int] | None = None  # the clients that live here; None: all
 
     def train(self, messages: Sequence[Message]) -> list[Message]:
         """A reply to each message, an error among them where a job can't be done; none from a client that is silent."""
@@ -126,6 +127,8 @@ class Node:
             raise MalformedMessage("layout", f"this node's adapter has layout {layout}, not {request.layout:.40}")
         if not 0 <= request.client < len(self.data):
             raise MalformedMessage("schema", f"this node holds clients 0 to {len(self.data) - 1}, not {request.client}")
+        if self.hosted is not None and request.client not in self.hosted:
+            raise MalformedMessage("schema", f"this node hosts clients {sorted(self.hosted)}, not {request.client}")
 
     def _whole(self, state: np.ndarray, client: int, train: tuple[str, ...]) -> np.ndarray:
         """The state ``(d,)`` that a cohort trains from: ``state``, which the client holds, laid into the whole.
@@ -345,16 +348,7 @@ class Node:
     def arrays(self) -> dict[str, np.ndarray]:
         """All that clients keep as named arrays, for a checkpoint."""
         part = {} if self.part is None else self.part.arrays()
-        return (
-            self.holdings.parts()
-            | part
-            | {
-                f"memory/{client}/{kept.round}/{side}/{name}": array
-                for client, kept in self.memories.items()
-                for side, memory in (("before", kept.before), ("after", kept.after))
-                for name, array in memory.items()
-            }
-        )
+        return self.holdings.parts() | part | self._memories(self.memories)
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """Undo `arrays`; others are ignored."""
@@ -362,6 +356,27 @@ class Node:
         if self.part is not None:
             self.part.restore(arrays)
         self.memories.clear()
+        self._remember(arrays)
+
+    def client_arrays(self, client: int) -> dict[str, np.ndarray]:
+        """What one client keeps, for `restore_client`."""
+        return self.holdings.parts(client) | self._memories([client] if client in self.memories else [])
+
+    def restore_client(self, client: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Put what ``client`` keeps back to what `client_arrays` gave; nothing for a client that kept nothing yet."""
+        self.holdings.restore(arrays, client)
+        self.memories.pop(client, None)
+        self._remember(arrays)
+
+    def _memories(self, clients: Iterable[int]) -> dict[str, np.ndarray]:
+        return {
+            f"memory/{client}/{kept.round}/{side}/{name}": array
+            for client, kept in ((c, self.memories[c]) for c in clients)
+            for side, memory in (("before", kept.before), ("after", kept.after))
+            for name, array in memory.items()
+        }
+
+    def _remember(self, arrays: Mapping[str, np.ndarray]) -> None:
         for path, array in arrays.items():
             if path.startswith("memory/"):
                 _, client, round, side, name = path.split("/", 4)

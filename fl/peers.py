@@ -4,6 +4,9 @@ Each peer is a client behind the Flower grid: it is sent its own state, trains f
 states of all peers lie stacked ``(n, d)`` with whoever drives the clock, so that mixing them is one matrix product.
 What a link carries is counted from the message that the peers would exchange, serialised, and its time comes from the
 links' own latency, bandwidth and queues (`fl.topology.links`).
+
+In real time (`fl.wall`) the same peers live on other hosts, and what they send each other is relayed: each hands its
+change to the driver and is sent its own new state.
 """
 
 from __future__ import annotations
@@ -14,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fl.messages import PeerRequest, TrainReply, payload_bytes
+from fl.messages import PeerRequest, Request, TrainReply, payload_bytes
 from fl.state import ServerState, Update
 from fl.topology.links import Links
-from fl.validation import Rejection
+from fl.validation import Reason, Rejection
 
 if TYPE_CHECKING:
     from fl.network import Network
@@ -109,13 +112,16 @@ class Peers:
             self._known = (self.states, *mean_and_consensus(honest))
         return self._known[1:]
 
-    def train(self, world: World, jobs: Sequence[PeerJob]) -> list[Trained]:
-        """The jobs, each of another peer, done in one exchange; what came of them in their order."""
+    def train(self, world: World, jobs: Sequence[PeerJob], until: int | None = None) -> list[Trained]:
+        """The jobs, each of another peer, done in one exchange; what came of them in their order.
+
+        Where time is real, who has not answered by the tick ``until`` is late.
+        """
         server, out = world.server, []
         requests = [
             world.train_request(j.peer, j.job, j.lr, server.replace(vector=j.start), phase=j.phase) for j in jobs
         ]
-        for job, outcome in zip(jobs, world.query(requests), strict=True):
+        for job, outcome in zip(jobs, ask_all(world, requests, until), strict=True):
             update = world.update(outcome, server, 0, 0, job.phase) if isinstance(outcome, TrainReply) else None
             out.append(Trained(job, outcome, update))
         return out
@@ -155,6 +161,18 @@ class Peers:
         """``[from, to, bytes]`` of every link that has carried something."""
         src, dst = np.nonzero(self.traffic)
         return [[int(a), int(b), int(self.traffic[a, b])] for a, b in zip(src, dst)]
+
+
+def ask_all(world: World, requests: Sequence[Request], until: int | None = None) -> list[TrainReply | Rejection]:
+    """`World.query` that waits, where time is real, to the tick ``until``: who has not answered by then is late."""
+    asked = {r.client: r for r in requests}
+    if len(asked) < len(requests):
+        raise ValueError("one request to a client at a time")
+    silent = Rejection(Reason.LATE, "no reply before the round was over")
+    answers: dict[int, TrainReply | Rejection] = {}
+    for client, reply in world.ask(requests, until)[0]:
+        answers.setdefault(client, world.validator.check(reply, asked[client]))
+    return [answers.get(r.client, silent) for r in requests]
 
 
 def mean_and_consensus(states: np.ndarray) -> tuple[np.ndarray, float]:

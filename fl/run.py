@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -15,6 +17,7 @@ from rich.console import Console
 from clients.adapters.initial.base import DataDriven
 from fl import environment
 from fl.compose import RUN_DIR, compose, flat
+from fl.engine.settings import Carried, SuperLink
 from fl.errors import ShoalError
 from fl.experiment import Experiment, Settings, Shared
 from fl.progress import Progress, header
@@ -22,6 +25,9 @@ from fl.records import RunFolder, fresh_folder, read_run
 from fl.state import ServerState
 from fl.trackers.tracking import Tracking
 from privacy.base import Statement
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
 
 
 @dataclass
@@ -44,8 +50,13 @@ def run(
     resolved, folders = compose(overrides)
     settings = Settings.of(resolved)
     named = any(word.lstrip("+").startswith(f"{RUN_DIR}=") for word in overrides)
+    if isinstance(settings.engine, SuperLink):
+        from fl.engine.submit import submit
+
+        place = folder or folders[RUN_DIR]
+        return submit(settings.engine, resolved, list(overrides), place, False, console or Console())
     where = folder or (folders[RUN_DIR] if named else fresh_folder(folders[RUN_DIR]))
-    return _go(settings, resolved, list(overrides), RunFolder(where), False, shared, quiet, console)
+    return go(settings, resolved, list(overrides), RunFolder(where), False, shared, quiet, console)
 
 
 def resume(
@@ -66,25 +77,29 @@ def resume(
     if not isinstance(resolved, dict):
         raise ShoalError(f"{config} is damaged: it holds no settings. Put it back, or start the run anew.")
     settings = Settings.of(resolved)
-    return _go(settings, resolved, None, RunFolder(folder, resume=True), True, shared, quiet, console)
+    if isinstance(settings.engine, SuperLink):
+        from fl.engine.submit import submit
+
+        return submit(settings.engine, resolved, None, folder, True, console or Console())
+    return go(settings, resolved, None, RunFolder(folder, resume=True), True, shared, quiet, console)
 
 
-def _go(
+def go(
     settings: Settings,
     resolved: dict[str, Any],
     overrides: list[str] | None,
     folder: RunFolder,
     resuming: bool,
-    shared: Shared | None,
-    quiet: bool,
-    console: Console | None,
+    shared: Shared | None = None,
+    quiet: bool = False,
+    console: Console | None = None,
+    grid: Grid | None = None,
 ) -> Outcome:
+    """Run, or with ``resuming`` go on with, what ``folder`` is for. ``grid`` is Flower's, where Flower has started this
+    process as its server."""
     # Flower is imported by what follows; a wrong setting has been refused before.
     from clients.data.summary import format_summary
-    from fl.client_app import client_app
-    from fl.engine.cohort_grid import CohortGrid
     from fl.engine.flower import quiet_flower
-    from fl.engine.in_process import InProcessGrid
     from fl.server_app import Server
 
     quiet_flower()
@@ -99,12 +114,14 @@ def _go(
     record = _started(settings, resolved, overrides, folder)
     folder.write_config(resolved)
     folder.write_run(record)
+    carried = Carried(copy.deepcopy(resolved), record["id"], folder.path, grid)
     experiment = Experiment(settings, shared, say)
     tracking = Tracking(settings.tracker, record, folder)
     server: Server | None = None
     final: dict[str, Any] | None = None
     try:
         say(f"Loading {record['model']} and {record['data']} ...")
+        carry = settings.engine.connect(experiment, carried)
         summary = experiment.data.summary()
         if not quiet:
             console.print(format_summary(summary))
@@ -117,20 +134,15 @@ def _go(
         folder.write_run(record)
         if not quiet:
             console.print(header(_shown(record, settings, str(folder.path))))
-        app = client_app(experiment.node, settings.evaluation.batch_size)
-        node_grid = InProcessGrid(app, copy=settings.engine.message_copy)  # type: ignore[arg-type]
-        with (
-            Progress(
-                settings.schedule.rounds,
-                experiment.per_round,
-                quiet=quiet,
-                console=console,
-                until_s=getattr(settings.schedule, "until_s", None),
-            ) as progress,
-            CohortGrid(node_grid, len(experiment.data)) as grid,
-        ):
+        with Progress(
+            settings.schedule.rounds,
+            experiment.per_round,
+            quiet=quiet,
+            console=console,
+            until_s=getattr(settings.schedule, "until_s", None),
+        ) as progress:
             server = Server(experiment, folder, progress, resuming, tracking)
-            server.app()(grid, node_grid.server_context())
+            carry(server.run)
         say("Saving the adapter and evaluating it in float32 ...")
         from fl import audit
         from fl.saving import export
@@ -191,6 +203,7 @@ def _started(
     experiment = next((w.partition("=")[2] for w in reversed(words) if w.startswith("experiment=")), None)
     return {
         **before,
+        "id": before.get("id") or secrets.token_hex(8),
         "name": settings.name,
         "experiment": experiment,
         "seed": settings.seed,

@@ -1,4 +1,4 @@
-"""The server: a Flower ServerApp that drives a schedule, and records, evaluates and checkpoints at its events."""
+"""The server, run as a Flower ServerApp: drives a schedule; records, evaluates and checkpoints at its events."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 
 from aggregators.combining import Combining
 from fl import checkpoint, metrics
 from fl.clock import Clock
 from fl.downlink import Downlink
+from fl.engine.cohort_grid import CohortGrid
 from fl.errors import ConfigError, ShoalError
 from fl.experiment import Experiment
 from fl.initialise import initialise
@@ -64,16 +64,6 @@ class Server:
     def wall_s(self) -> float:
         return self._before_s + time.perf_counter() - self._began
 
-    def app(self) -> ServerApp:
-        """The Flower ServerApp of this run."""
-        app = ServerApp()
-
-        @app.main()
-        def main(grid: Grid, context: Context) -> None:
-            self.run(grid)
-
-        return app
-
     def run(self, grid: Grid) -> None:
         """Train to the end of the schedule. Raises `RunStopped`.
 
@@ -82,6 +72,8 @@ class Server:
         world = self._world(grid)
         if self.resume:
             self._restore(world)
+        if self.experiment.charges is not None:
+            self.experiment.charges.restore()  # newer than the checkpoint's books
         self.world = world
         if self.tracking is not None:  # now that worker processes are forked and metrics.jsonl is cut back
             self.tracking.begin()
@@ -134,7 +126,7 @@ class Server:
         cohort = experiment.trainer.worker.cohort
         space = cohort.space
         server = ServerState(cohort.initial.numpy().astype(np.float32), space)
-        nodes = sorted(grid.get_node_ids())
+        nodes = grid.everyone if isinstance(grid, CohortGrid) else sorted(grid.get_node_ids())
         if len(nodes) != len(experiment.data):
             raise ShoalError(f"The grid has {len(nodes)} clients; the partition made {len(experiment.data)}.")
         weight = len(experiment.data.train)
@@ -171,7 +163,7 @@ class Server:
             s.local, validator, downlink, experiment.guard, secure, codecs,
             s.evaluation.aggregation_error and bool(space.modules), sizes=[len(p) for p in experiment.data.parts],
             treatment=s.schedule.rule(s.aggregator.staleness).treatment(experiment),
-            root=experiment.root_update if rooted else None, peers=peers, attack=s.attack,
+            root=experiment.root_update if rooted else None, peers=peers, attack=s.attack, apart=s.engine.remote,
         )  # fmt: skip
 
     def _write(self, event: Event) -> None:
@@ -235,7 +227,9 @@ class Server:
         arrays, server = world.server.parts()
         downlink, sent = world.downlink.parts()
         kept, schedule = ({}, None) if world.keep is None else world.keep()
-        arrays |= self.experiment.node.arrays() | downlink | kept
+        arrays |= downlink | kept
+        if not self.experiment.settings.engine.remote:
+            arrays |= self.experiment.node.arrays()
         meta = {
             "downlink": sent,
             "schedule": schedule,
@@ -276,7 +270,8 @@ class Server:
         world.clock = Clock(meta["clock"])
         world.fleet.restore(meta["fleet"])
         world.downlink.restore(arrays, meta["downlink"])
-        self.experiment.node.restore(arrays)
+        if not self.experiment.settings.engine.remote:
+            self.experiment.node.restore(arrays)
         self.ledger = Ledger.restore(meta["ledger"])
         world.guard.restore(meta["privacy"])
         world.kept = None if meta["schedule"] is None else (arrays, meta["schedule"])

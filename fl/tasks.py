@@ -219,6 +219,7 @@ class Tasks:
     def answered(self, task: Task, reply: Message) -> None:
         """The reply to ``task`` is known."""
         task.result = self.world.validator.check(reply, task.request)
+        self.world.doubt(task.client, reply)
         task.bytes_up = 0 if reply.has_error() else payload_bytes(reply.content)
         task.request = None
 

@@ -7,6 +7,10 @@ A mechanism acts at four places, and nowhere else:
   the last thing that touches a reply;
 * at the server, `Guard.collect` turns the accepted updates into those that an aggregation rule sees;
 * `Guard.books` count what has really been spent; they are in the checkpoint, and the statement is made from them.
+
+Across hosts each place has a guard of its own. A node's keeps its clients' books (`Guard.client_state`) and draws from
+a secret of the node (`Guard.own`); the server's charges what it asks for (`Guard.mirror`), so its statement is an upper
+bound of what nodes have spent.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
     from clients.adapters.space import Space
     from fl.experiment import Settings
 
+
+Root = TypeVar("Root", int, str)
 
 NOISE_PARTS = (
     "seed", "model", "data", "partition", "adapter", "local", "sampling", "schedule", "network", "aggregator",
@@ -138,13 +144,37 @@ class Guard:
 
     The client half (`job`, `release`) is called where the data are, the server half (`collect`) at the server; what
     both know is public. ``counts_secret`` says that how many clients answered is secret too: a round then goes on
-    whatever their number.
+    whatever their number. ``root`` is what the keys of its noise and of its batches begin with.
     """
 
     counts_secret: ClassVar[bool] = False
+    root: str = ""
+    secret: bytes | None = None
 
     def __init__(self, statement: Statement | None = None):
         self._statement = statement or Statement("No privacy mechanism")
+
+    def own(self, secret: bytes) -> None:
+        """From now on all that is drawn here is keyed by ``secret`` too, which only this place has.
+
+        Without it noise comes from the run's seed, and whoever has the settings can compute it. The secret must be of
+        this run alone: two runs that shared noise would show the difference of their data.
+        """
+        if self.secret is not None:
+            raise ShoalError("a guard has one secret, and this one has its own already")
+        self.secret = secret
+        self.root = self.keyed(self.root)
+
+    def keyed(self, root: Root) -> Root:
+        """``root`` keyed by the secret, for draws that the claim counts on beside this guard's own; itself without one."""
+        if self.secret is None:
+            return root
+        key = key_bytes("own", root, self.secret.hex())[:16]
+        return int.from_bytes(key, "little") if isinstance(root, int) else key.hex()
+
+    def source(self, place: str) -> str:
+        """What the noise that is drawn at ``place`` (node or server) comes from, in words."""
+        return "the run's seed" if self.secret is None else f"the {place}'s own secret"
 
     def job(self, client: int, round: int, fingerprint: str, examples: np.ndarray, memory: dict) -> Job | None:
         """How ``client`` does its job of ``round`` on ``examples``; None: as its local algorithm would by itself.
@@ -190,6 +220,20 @@ class Guard:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Undo `state`. Raises `ConfigError` where the books are those of other settings."""
+
+    def mirror(self, client: int, round: int, fingerprint: str, examples: int) -> None:
+        """Charge here what ``client``, which has ``examples`` examples, may spend on a request that is sent to it.
+
+        Its own book, at its node, never has more: a request that is lost, or refused there, is charged here all the
+        same. ``fingerprint`` must differ wherever the node's does. Where books are kept here anyway, nothing.
+        """
+
+    def client_state(self, client: int) -> dict[str, Any]:
+        """The book of ``client`` as plain values, where clients have books; else empty."""
+        return {}
+
+    def restore_client(self, client: int, state: dict[str, Any]) -> None:
+        """Undo `client_state`; nothing for an empty one. Raises `ConfigError` for the book of other settings."""
 
 
 @dataclass(frozen=True)

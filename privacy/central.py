@@ -139,7 +139,9 @@ class CentralGuard(ServerGuard):
                 f"follows the {p.quantile:g} quantile by a count with noise {self.count_noise:.4g}; its cost is in the "
                 f"total multiplier {self.total_noise:.4g}"
             )
-        noise = f"Gaussian, {self.noise_multiplier:.4g} x C on the sum, drawn by the server from the run's seed"
+        noise = (
+            f"Gaussian, {self.noise_multiplier:.4g} x C on the sum, drawn by the server from {self.source('server')}"
+        )
         taken = f"up to all {self.rounds} rounds of a client; {self.book.steps} rounds taken"
         return self.claim(sampling, clipping, noise, taken, self.rate)
 

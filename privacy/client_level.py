@@ -259,7 +259,8 @@ class ServerGuard(RunGuard, ABC):
         return Statement(
             self.name, "client", RELATIONS[book.running.relation], sampling, f"{clipping}; {bounded}", noise,
             participation, accounting.named(book.accountant), book.epsilon, book.delta, self.target,
-            against="clients and whoever sees the models, if they do not know the run's seed; the server is trusted",
+            against=f"clients and whoever sees the models, if they do not know {self.source('server')}; the server is "
+            "trusted",
             uncovered=UNCOVERED, holders=[{**row, "delta": book.delta, "epsilon": book.epsilon}],
         )  # fmt: skip
 

@@ -138,11 +138,11 @@ class DistributedGuard(RunGuard):
             f"each client's whole update to L2 norm C = {p.clip:g}, rounded to steps of C/{p.resolution:g}, which "
             f"makes it {math.sqrt(plan.squared_l2) / p.resolution:.4g} C at most",
             f"{what}, {self.noise_multiplier:.4g} x C in the sum of {self.min_cohort} honest clients, each of whom "
-            "adds its share, drawn from the run's seed",
+            f"adds its share, drawn from {self.source('node')}",
             f"every round; {book.steps} sums opened", accounting.named(book.accountant), book.epsilon, book.delta,
             p.epsilon,
             against=f"the server with up to {self.colluding} clients of a round, other clients, and whoever sees the "
-            "models, if they keep to the protocol and do not know the run's seed",
+            f"models, if they keep to the protocol and do not know {self.source('node')}",
             uncovered=UNCOVERED, holders=[row],
         )  # fmt: skip
 

@@ -189,12 +189,14 @@ class DPBREMGuard(example_level.ExampleGuard):
             target=p.epsilon,
             sampling=f"Poisson, at rate {p.rate:g}, divisor the public batch p n_i ({low:.4g} to {high:.4g})",
             clipping=f"each example's gradient to L2 norm R = {p.record_clip:g} over all that trains; momenta {clip}",
-            noise=f"Gaussian, {self.sigma:.4g} x R on each round's sum of momenta, drawn by the server from the run's "
-            f"seed: {self.sigma * low:.4g} to {self.sigma * high:.4g} times the R/b_i by which one example moves it",
+            noise=f"Gaussian, {self.sigma:.4g} x R on each round's sum of momenta, drawn by the server from "
+            f"{self.source('server')}: {self.sigma * low:.4g} to {self.sigma * high:.4g} times the R/b_i by which one "
+            "example moves it",
             participation=f"up to {self.most} rounds of a client, with no amplification by who takes part",
             accountant=f"momentum (beta {self.beta:g})" if self.beta else accounting.named(p.accountant),
-            against="other clients and whoever sees the models and the mean momentum, if they know neither the run's "
-            "seed nor another client's momentum; the server, which sees them all without noise, is trusted",
+            against="other clients and whoever sees the models and the mean momentum, if they know neither "
+            f"{self.source('server')} nor another client's momentum; the server, which sees them all without noise, is "
+            "trusted",
         )
 
 

@@ -133,7 +133,7 @@ class DPFTRLGuard(ServerGuard):
             "none is assumed: whoever is asked, whenever, if clients' data do not decide it",
             f"each client's whole update to L2 norm C = {self.clip:g}",
             f"Gaussian, {self.noise_multiplier:.4g} x C at each node of a binary tree over the rounds, divisor "
-            f"{self.cohort}, drawn by the server from the run's seed",
+            f"{self.cohort}, drawn by the server from {self.source('server')}",
             f"at most {self.most} of {self.rounds} rounds of a client, {self.separation} or more apart; "
             f"{self.book.steps} rounds taken{left}",
             1.0,

@@ -163,11 +163,12 @@ class DPSGDGuard(example_level.ExampleGuard):
             target=p.epsilon,
             sampling=f"Poisson, at rate batch_size/n_i ({_range(rates)}), divisor the expected batch",
             clipping=f"each example's gradient to L2 norm C = {p.clip:g} over {groups}{adaptive}",
-            noise=f"Gaussian, {_range(noises)} x C on the sum of a batch, drawn by the client from the run's seed",
+            noise=f"Gaussian, {_range(noises)} x C on the sum of a batch, drawn by the client from "
+            f"{self.source('node')}",
             participation=f"up to {self.participations} of {self.rounds} rounds of a client; "
             f"{_range(sorted({row['steps'] for row in rows}))} steps taken",
             accountant=accounting.named(p.accountant),
-            against="the server, other clients and whoever sees the models, if they do not know the run's seed",
+            against=f"the server, other clients and whoever sees the models, if they do not know {self.source('node')}",
             also=[*self._as_paper(rows)],
         )
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from clients.adapters.initial.base import DataDriven, Initialisation
 from clients.behaviours.base import ReplyFields
+from clients.data.at_nodes import held
 from clients.local.dylora import DyLoRA
 from clients.local.private import Canaries, Private
 from clients.local.training import LocalTraining
@@ -79,8 +80,12 @@ def check_disjoint(parts: Sequence[np.ndarray]) -> None:
     """Raise `ConfigError` unless no example is in two of ``parts``, the examples of each client.
 
     A client's account holds for its own examples; one that two clients hold would cost what both spend together.
+    Parts that lie at other nodes can't be looked into.
     """
-    examples, times = np.unique(np.concatenate(parts), return_counts=True)
+    here = held(parts)
+    if not here:
+        return
+    examples, times = np.unique(np.concatenate(here), return_counts=True)
     if np.any(times > 1):
         raise ConfigError(
             "partition", f"{int(np.sum(times > 1))} examples dealt twice, {int(examples[times > 1][0])} among them",
@@ -99,6 +104,17 @@ def poisson_batches(steps: int, rate: float, examples: np.ndarray, *key: int | s
     """Each example in each step's batch by itself with probability ``rate``; a batch may be empty."""
     rng = generator(*key, "poisson")
     return [examples[rng.random(len(examples)) < rate] for _ in range(steps)]
+
+
+def charge(book: Book, round: int, fingerprint: str, steps: int) -> None:
+    """Book the ``steps`` of a job that is done elsewhere, from requests as they are sent.
+
+    They may arrive in another order, so what `Book.grant` would refuse as old is charged too.
+    """
+    if book.newest and round < book.newest["round"]:
+        book.steps += steps if book.limit is None else max(0, min(steps, book.limit - book.steps))
+    else:
+        book.grant(round, fingerprint, steps)
 
 
 class ExampleGuard(Guard, ABC):
@@ -155,6 +171,16 @@ class ExampleGuard(Guard, ABC):
     @property
     def epsilon(self) -> float | None:
         return max(book.epsilon for book in self.books.values())
+
+    def mirror(self, client: int, round: int, fingerprint: str, examples: int) -> None:
+        charge(self.books[client], round, fingerprint, self.local.num_steps(examples))
+
+    def client_state(self, client: int) -> dict:
+        return self.books[client].state()
+
+    def restore_client(self, client: int, state: dict) -> None:
+        if state:
+            self.books[client].restore(state)
 
     def rows(self, sizes: Sequence[int]) -> list[dict]:
         """A row of the statement for each client: what it spent, and what that is made of."""

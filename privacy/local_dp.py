@@ -28,6 +28,7 @@ from privacy import accounting
 from privacy.accounting import FixedSizeGaussian
 from privacy.base import BudgetSpent, Guard, Job, Statement, noise_root
 from privacy.client_level import RELATIONS, UNCOVERED, ClientLevel, clipped, gaussian
+from privacy.example_level import charge
 from privacy.ledger import Book
 
 if TYPE_CHECKING:
@@ -96,6 +97,16 @@ class LocalGuard(Guard):
         vector += gaussian(len(vector), self.std, self.root, "local", reply.client, reply.round, reply.version, content)
         return replace(reply, update=vector.astype(reply.update.dtype), examples=1, tokens=0, loss=None)
 
+    def mirror(self, client: int, round: int, fingerprint: str, examples: int) -> None:
+        charge(self.books[client], round, fingerprint, 1)
+
+    def client_state(self, client: int) -> dict:
+        return self.books[client].state()
+
+    def restore_client(self, client: int, state: dict) -> None:
+        if state:
+            self.books[client].restore(state)
+
     def stopped(self) -> str | None:
         if all(book.exhausted for book in self.books):
             return "every client has answered in as many rounds as its privacy budget allows"
@@ -121,13 +132,14 @@ class LocalGuard(Guard):
             RELATIONS[worst.running.relation],
             sampling="none is assumed: the server knows whom it asked",
             clipping=f"each client's whole update to L2 norm C = {self.privacy.clip:g}",
-            noise=f"Gaussian, {self.std / self.privacy.clip:.4g} x C on each update, drawn at the client from the seed",
+            noise=f"Gaussian, {self.std / self.privacy.clip:.4g} x C on each update, drawn at the client from "
+            f"{self.source('node')}",
             participation=f"up to {self.most} of {self.rounds} rounds of a client; {steps[0]} to {steps[-1]} taken",
             accountant=accounting.named(worst.accountant),
             epsilon=worst.epsilon,
             delta=worst.delta,
             target=self.privacy.epsilon,
-            against="the server, other clients and whoever sees the models, if they do not know the run's seed",
+            against=f"the server, other clients and whoever sees the models, if they do not know {self.source('node')}",
             uncovered=UNCOVERED,
             holders=rows,
         )

@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.message import make_message
@@ -25,6 +26,7 @@ from fl.errors import ShoalError
 
 FIRST_CLIENT = 1_000_000  # client c is node 1000000 + c, apart from the ids of InProcessGrid's nodes
 Handler = Callable[[list[Message], Context], list[Message]]
+Enter = Callable[[dict[str, Any], Context], None]
 
 
 def node_id(client: int) -> int:
@@ -35,6 +37,51 @@ def node_id(client: int) -> int:
 def client_of(node: int) -> int:
     """The client that a node id stands for."""
     return node - FIRST_CLIENT
+
+
+class Places(Protocol):
+    """Who is where, when nodes come and go."""
+
+    def node(self, client: int) -> int | None:
+        """The Flower node that holds ``client``; None: there is none now."""
+
+    def present(self) -> list[int]:
+        """The clients whose nodes are connected, after another look."""
+
+    def note(self) -> dict[str, Any]:
+        """What every message tells its node, as JSON-able values."""
+
+    def leaving(self) -> None:
+        """Messages are about to leave."""
+
+    def heard(self, client: int) -> None:
+        """``client`` has answered a training request."""
+
+
+class _Dealt:
+    """Client c lives on node ``c % n`` of the n nodes given, or connected at the first push."""
+
+    def __init__(self, grid: Grid, number: int, nodes: Sequence[int]):
+        self.grid, self.number, self.nodes = grid, number, list(nodes)
+
+    def node(self, client: int) -> int | None:
+        if not self.nodes:
+            self.nodes = sorted(self.grid.get_node_ids())
+            if not self.nodes:
+                raise ShoalError("no Flower node is connected, so there is nobody to train.")
+        return self.nodes[client % len(self.nodes)]
+
+    def present(self) -> list[int]:
+        return list(range(self.number))
+
+    def note(self) -> dict[str, Any]:
+        return {}
+
+    def leaving(self) -> None:
+        pass
+
+    def heard(self, client: int) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -53,17 +100,25 @@ class CohortGrid(Grid):
     """Shows ``num_clients`` clients as nodes of ``grid``, with ids from `node_id`.
 
     ``nodes`` are the Flower nodes to use, by default all that are connected at the first push; the assignment of
-    clients never changes after that. ``join`` is passed to `fl.engine.packing.pack`; by default it is off where
-    ``grid`` hands objects over in this process. Replies come sorted by client, then in the order of pushing. A node
-    that fails, or answers something malformed, becomes an error reply for each of its clients; it never raises.
+    clients never changes after that. ``places`` say instead which node holds a client now. ``join`` is passed to
+    `fl.engine.packing.pack`; by default it is off where ``grid`` hands objects over in this process. Replies come
+    sorted by client, then in the order of pushing. A node that fails, or answers something malformed, becomes an error
+    reply for each of its clients; it never raises.
     """
 
-    def __init__(self, grid: Grid, num_clients: int, nodes: Sequence[int] | None = None, join: bool | None = None):
+    def __init__(
+        self,
+        grid: Grid,
+        num_clients: int,
+        nodes: Sequence[int] | None = None,
+        join: bool | None = None,
+        places: Places | None = None,
+    ):
         if num_clients < 1:
             raise ValueError(f"num_clients must be >= 1, not {num_clients}")
         self.grid, self.num_clients = grid, num_clients
         self.join = not getattr(grid, "shares_memory", False) if join is None else join
-        self._nodes = list(nodes or [])
+        self.places: Places = places or _Dealt(grid, num_clients, nodes or [])
         self._numbers = itertools.count(1)
         self._in_flight: dict[str, list[_Sent]] = {}  # by the id of the node's message
         self._wanted: set[str] = set()  # ids of clients' messages without a reply yet
@@ -81,8 +136,13 @@ class CohortGrid(Grid):
     ) -> Message:
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
-    def get_node_ids(self) -> list[int]:
+    @property
+    def everyone(self) -> list[int]:
+        """The node ids of all clients, whether their nodes are connected or not."""
         return [node_id(client) for client in range(self.num_clients)]
+
+    def get_node_ids(self) -> list[int]:
+        return [node_id(client) for client in self.places.present()]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send ``messages`` to their clients; returns their ids. Raises `ShoalError` for an unknown client."""
@@ -91,13 +151,18 @@ class CohortGrid(Grid):
             if not 0 <= client_of(message.metadata.dst_node_id) < self.num_clients:
                 clients = f"{node_id(0)} to {node_id(self.num_clients - 1)}"
                 raise ShoalError(f"no client has node id {message.metadata.dst_node_id}; they go from {clients}.")
-        cohorts: dict[tuple[int, str], list[tuple[_Sent, Message]]] = {}
+        cohorts: dict[tuple[int | None, str], list[tuple[_Sent, Message]]] = {}
         for message in messages:
             sent = _Sent(next(self._numbers), message.metadata)
             sent.metadata.__dict__["_message_id"] = f"c{sent.number}"  # as Flower's grids do; there is no setter
-            cohorts.setdefault((self._node(message), sent.metadata.message_type), []).append((sent, message))
+            node = self.places.node(client_of(sent.metadata.dst_node_id))
+            cohorts.setdefault((node, sent.metadata.message_type), []).append((sent, message))
         self._wanted.update(message.metadata.message_id for message in messages)
-        outgoing = [self._cohort_message(node, kind, cohort) for (node, kind), cohort in cohorts.items()]
+        for key in [key for key in cohorts if key[0] is None]:
+            group = [sent for sent, _ in cohorts.pop(key)]
+            self._deliver(group, [Error(ErrorCode.NODE_UNAVAILABLE, "no node holds this client")] * len(group))
+        outgoing = [self._cohort_message(node or 0, kind, cohort) for (node, kind), cohort in cohorts.items()]
+        self.places.leaving()
         pushed = list(self.grid.push_messages(outgoing)) if outgoing else []
         pushed += [""] * (len(outgoing) - len(pushed))  # Flower leaves out, or names None, what it could not send
         for pushed_id, cohort in zip(pushed, cohorts.values(), strict=True):
@@ -153,18 +218,13 @@ class CohortGrid(Grid):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _node(self, message: Message) -> int:
-        if not self._nodes:
-            self._nodes = sorted(self.grid.get_node_ids())
-            if not self._nodes:
-                raise ShoalError("no Flower node is connected, so there is nobody to train.")
-        return self._nodes[client_of(message.metadata.dst_node_id) % len(self._nodes)]
-
     def _cohort_message(self, node: int, kind: str, cohort: list[tuple[_Sent, Message]]) -> Message:
         sent = [message.metadata for _, message in cohort]
         groups = [metadata.group_id for metadata in sent]
         clients, ids = [client_of(m.dst_node_id) for m in sent], [m.message_id for m in sent]
-        header = {"clients": clients, "ids": ids, "groups": groups, "join": self.join}
+        header: dict[str, Any] = {"clients": clients, "ids": ids, "groups": groups, "join": self.join}
+        if note := self.places.note():
+            header["note"] = note
         content = pack([message.content for _, message in cohort], header, join=self.join)
         group = groups[0] if len(set(groups)) == 1 else ""
         return Message(content, node, kind, ttl=max(m.ttl for m in sent), group_id=group)
@@ -174,6 +234,8 @@ class CohortGrid(Grid):
             if (message_id := sent.metadata.message_id) in self._wanted:
                 self._wanted.remove(message_id)
                 self._replies[message_id] = (sent, _reply_to(sent.metadata, content))
+                if sent.metadata.message_type == "train" and not isinstance(content, Error):
+                    self.places.heard(client_of(sent.metadata.dst_node_id))
 
 
 def _contents(reply: Message, count: int) -> Sequence[Content]:
@@ -208,7 +270,11 @@ def _reply_to(request: Metadata, content: Content) -> Message:
 
 
 def cohort_app(
-    train: Handler, evaluate: Handler | None = None, query: Handler | None = None, remember: int = 4
+    train: Handler,
+    evaluate: Handler | None = None,
+    query: Handler | None = None,
+    remember: int = 4,
+    enter: Enter | None = None,
 ) -> ClientApp:
     """The ClientApp of a node under a `CohortGrid`: gives all messages that came together to one call.
 
@@ -216,6 +282,8 @@ def cohort_app(
     client) and the node's context, and return a reply to each, made with ``Message(content or Error,
     reply_to=message)``, in any order; a client without one gets an error. If the call raises, Flower answers for the
     node, so for every client.
+
+    ``enter`` is called before, with what the message tells its node (`Places.note`); what it raises is the answer.
 
     Flower may deliver a message twice over a network. The last ``remember`` replies are kept by run and message id and
     sent again instead of running twice. Within a process (``join`` off) a message comes once and nothing is kept.
@@ -228,6 +296,8 @@ def cohort_app(
             key = (message.metadata.run_id, message.metadata.message_id)
             if key not in remembered:
                 header, contents = unpack(message.content)
+                if enter is not None:
+                    enter(dict(header.get("note", {})), context)
                 packed = _run(handler, message, header, contents, context)
                 if not header["join"]:
                     return Message(packed, reply_to=message)

@@ -6,11 +6,12 @@ Checked against flwr 1.41, which is pinned; ``tests/fl/test_flower.py`` fails if
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
 R = TypeVar("R", RecordDict, ArrayRecord, ConfigRecord, MetricRecord)
@@ -49,3 +50,14 @@ def quick_record(kind: type[R], values: Mapping[str, Any]) -> R:
     record = kind()
     record.__dict__["_data"].update(values)
     return record
+
+
+def server_app(serve: Callable[[Grid], None]) -> ServerApp:
+    """The Flower ServerApp that runs ``serve`` on its grid."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        serve(grid)
+
+    return app

@@ -6,6 +6,7 @@ every change, so that whoever drives it can record, evaluate, checkpoint, or sto
 
 from __future__ import annotations
 
+import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -108,6 +109,7 @@ class World:
     root: Callable[[ServerState, int, float], Update] | None = None  # the server's own update, of (state, round, lr)
     peers: Peers | None = None  # of a schedule without a server
     attack: Behaviour = field(default_factory=Honest)  # what hostile peers send each other
+    apart: bool = False  # whether clients' books are kept where they train, and mirrored here
     fleet: Fleet = field(init=False)
 
     def __post_init__(self) -> None:
@@ -200,9 +202,16 @@ class World:
 
     def message(self, request: Request) -> Message:
         """The Flower message that carries ``request`` to its client."""
+        if self.apart and isinstance(request, TrainRequest):
+            self.guard.mirror(request.client, request.round, _fingerprint(request), self.sizes[request.client])
         return Message(
             request.to_record(), self.nodes[request.client], MESSAGE_TYPE[request.kind], group_id=str(request.round)
         )
+
+    def doubt(self, client: int, reply: Message) -> None:
+        """Take ``client`` for one that holds nothing if ``reply`` is an error: where it trains, it may have lost it."""
+        if self.apart and reply.has_error():
+            self.downlink.known.pop(client, None)
 
     def ask(
         self, requests: Sequence[Request], until: int | None = None, heard: Heard = lambda client, reply: False
@@ -246,6 +255,13 @@ class World:
         for client, reply in self.ask(requests)[0]:
             answers.setdefault(client, self.validator.check(reply, asked[client]))
         return [answers.get(r.client, silent) for r in requests]
+
+
+def _fingerprint(request: TrainRequest) -> str:
+    """Differs for requests of different content, whatever a node names them by."""
+    content = hashlib.sha256(request.state.tobytes())
+    content.update(repr((request.version, sorted(request.extra.items()))).encode())
+    return content.hexdigest()[:32]
 
 
 def outcome_fields(outcomes: Collection[TrainReply | Rejection], unheard: Counter[str] | None = None) -> Event:

@@ -14,12 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fl.config import setting
 from fl.errors import ConfigError
 from fl.hearing import average
+from fl.messages import Request
+from fl.schedules.base import PeerPart
+from fl.schedules.direct import EXPECTED, is_direct
 from fl.schedules.gossip import Arrays, Gossip, Round, exchange, wait_for_all
+
+if TYPE_CHECKING:
+    from fl.experiment import Experiment
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,16 @@ class DPSGD(Gossip):
     )
 
     crafts = True
+    travels = True
+
+    def part(self, experiment: Experiment) -> PeerPart | None:
+        from fl.peer_rounds import PeerRounds
+
+        settings = experiment.settings
+        return PeerRounds.of(experiment, getattr(experiment, "transport", None)) if is_direct(settings) else None
+
+    def expects(self, request: Request) -> Mapping[str, tuple[str, int]]:
+        return EXPECTED.get(str(request.extra.get("stage")), {})
 
     def check(self, settings: Any) -> None:
         super().check(settings)

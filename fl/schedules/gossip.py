@@ -8,6 +8,10 @@ neighbours first and the others through them. With ``t_i`` the tick at which pee
 A peer that is away, is lost, or whose training failed is left out for the round: it keeps its state, and so does the
 mean of all (`fl.mixing`). The state that is evaluated and saved is the mean of the honest peers' states; the peers'
 own are evaluated beside it (``evaluation.peers``).
+
+In real time (`fl.wall`) all begin a round together, when the last one is over: it is over when all have answered, or
+after ``deadline_s``, without those that are late. The peers' models are with the server then, so what they send each
+other takes no further time; or they never come there (`fl.schedules.direct`).
 """
 
 from __future__ import annotations
@@ -33,7 +37,9 @@ from fl.mixing import Mixing
 from fl.network import WallClock
 from fl.peers import PeerJob, Peers, Trained
 from fl.sampling import Fixed
-from fl.schedules.base import Event, Parts, Schedule, World, client_event, demand, outcome_fields
+from fl.schedules.base import Event, Parts, Schedule, World, client_event, demand
+from fl.schedules.direct import Direct, check_direct, is_direct
+from fl.schedules.peer_events import check_heard, gather, heard, planned, round_event
 from fl.validation import Reason, Rejection
 
 Arrays = dict[str, np.ndarray]
@@ -79,8 +85,12 @@ class Gossip(Schedule):
     """What the schedules share that go in rounds over a graph; ``rounds`` is how often each peer mixes."""
 
     until_s: float | None = setting(None, gt=0, help="virtual seconds after which the run ends; null: after rounds")
+    deadline_s: float | None = setting(
+        None, gt=0, help="seconds after which a round goes on without the late, in real time; null: none"
+    )
 
     decentral = True
+    travels: ClassVar[bool] = False  # whether its models can go from node to node, past the server
     pushes: ClassVar[bool] = False  # whether it goes over directed graphs whose peers push: columns add up to one
     symmetric: ClassVar[bool] = False  # whether what it remembers asks for symmetric weights that don't change
 
@@ -89,6 +99,11 @@ class Gossip(Schedule):
 
     def check(self, settings: Any) -> None:
         check_peers(self, settings)
+        if self.deadline_s is not None and not isinstance(settings.network, WallClock):
+            allowed = "null on a virtual clock, where every peer waits for its own neighbours alone"
+            raise ConfigError("schedule.deadline_s", self.deadline_s, allowed, "Use network=wall_clock.")
+        if is_direct(settings):
+            check_direct(self, settings)
 
     @abstractmethod
     def payload(self, size: int) -> Mapping[str, tuple[str, int]]:
@@ -132,40 +147,31 @@ class Gossip(Schedule):
 
         world.keep = keep
         self.check_graph(world, peers)
+        if world.wall is not None:
+            world.wall.check_resumed(world.guard)
+        direct = Direct(self, world, peers) if getattr(world, "direct", False) else None
         end = None if self.until_s is None else ticks(self.until_s)
-        while world.server.round < self.rounds and (end is None or world.clock.now < end):
+        while world.server.round < self.rounds and (end is None or world.now() < end):
             reason = world.guard.stopped()
             if reason is not None:
                 stop = {"event": "stop", "round": world.server.round, "virtual_s": world.clock.now_s, "reason": reason}
                 yield stop
                 break
-            yield from self._round(world, peers, memory, world.server.round + 1)
+            number = world.server.round + 1
+            yield from self._round(world, peers, memory, number) if direct is None else direct.round(number)
         yield {"event": "links", "round": world.server.round, "links": peers.links()}
 
     def _round(self, world: World, peers: Peers, memory: Arrays, number: int) -> Iterator[Event]:
         n, lr = len(peers), world.local.lr_at(number, self.rounds)
-        began = peers.ready.copy()
-        present = [p for p in range(n) if world.fleet.available(p, int(began[p]))]
-        if not present:
-            windows = [world.fleet.next_available(p, int(began[p])) for p in range(n)]
-            opens = [tick for tick in windows if tick is not None]
-            if not opens:
-                raise RunStopped(f"No peer is available from round {number} on. Raise network.availability.")
-            began = np.maximum(began, min(opens))
-            present = [p for p in range(n) if world.fleet.available(p, int(began[p]))]
-        trained = peers.train(world, [PeerJob(p, number, peers.states[p], lr, number) for p in present])
+        began, present = gather(world, peers, number)
+        until = None if self.deadline_s is None else int(began.max()) + ticks(self.deadline_s)
+        jobs = [PeerJob(p, number, peers.states[p], lr, number) for p in present]
+        trained = peers.train(world, jobs, until)
         world.validator.forget(number)
-        done, outcomes = began.copy(), {}
-        for t in trained:
-            steps = t.outcome.steps if isinstance(t.outcome, TrainReply) else 0
-            times = world.fleet.job(t.job.peer, number, steps, 0, 0)
-            lost = times.dropped_at is not None
-            if times.dropped_at is not None and world.network.rejoin_s:
-                back = int(began[t.job.peer]) + times.dropped_at + ticks(world.network.rejoin_s)
-                world.fleet.away[t.job.peer] = back
-            done[t.job.peer] += times.dropped_at if times.dropped_at is not None else times.compute
-            outcomes[t.job.peer] = Rejection(Reason.ERROR, "its work was lost on the way") if lost else t.outcome
+        done, outcomes = planned(world, trained, began) if world.wall is None else heard(world, trained, began, until)
         fit = [t for t in trained if isinstance(outcomes[t.job.peer], TrainReply)]
+        if world.wall is not None:
+            check_heard(number, outcomes.values())
         out = frozenset(range(n)) - {t.job.peer for t in fit}
         graph = peers.graph(number)
         updates = peers.updates()
@@ -196,26 +202,11 @@ class Gossip(Schedule):
         world.server = new
         for t in trained:
             yield _client_event(round, t, outcomes[t.job.peer], int(began[t.job.peer]))
-        yield self._event(round, outcomes, float(np.linalg.norm(mean - before)))
-
-    def _event(self, round: Round, outcomes: Mapping[int, TrainReply | Rejection], moved: float) -> Event:
-        world = round.world
-        return {
-            "event": "round",
-            "round": round.number,
-            "version": world.server.version,
-            "virtual_s": world.clock.now_s,
-            **outcome_fields(outcomes.values(), round.rejected),
-            "bytes_down": int(round.sent[:, 1].sum()),
-            "bytes_up": int(round.sent[:, 0].sum()),
+        moved, size = float(np.linalg.norm(mean - before)), int(round.sent[:, 0].sum())
+        yield {
+            **round_event(world, outcomes.values(), round.rejected, size),
             "update_norm": moved,
-            "bytes_once": 0,
-            "aggregation_error": None,
-            "epsilon": world.guard.epsilon,
-            "staleness": None,
-            "live_versions": 1,
-            "consensus": round.peers.consensus(),
-            "bytes_links": int(round.sent[:, 0].sum()),
+            "consensus": peers.consensus(),
             "heard_too_few": round.short,
         }
 
@@ -254,7 +245,13 @@ def check_peers(schedule: Schedule, settings: Any) -> None:
     need("server_optimizer", s.server_optimizer, s.server_optimizer.plain, "sgd with lr 1: there is no server")
     need("secure_aggregation", s.secure_aggregation, not s.secure_aggregation.active, "none: there is no sum")
     need("adapter.rank", getattr(s.adapter, "rank", None), not s.adapter.mixed_ranks, "one rank for all peers")
-    need("network", s.network, not isinstance(s.network, WallClock), "a model of time")
+    timed = isinstance(schedule, Gossip) or not isinstance(s.network, WallClock)
+    planned = "a model of time: its jobs, clocks and exchanges are planned"
+    need("network", s.network, timed, planned, "Use schedule=dpsgd, or another one that goes in rounds.")
+    for name in ("latency_s", "mbps"):
+        value = getattr(s.topology, name)
+        free = value is None or not isinstance(s.network, WallClock)
+        need(f"topology.{name}", value, free, "null in real time, where messages take the time they take")
     few, leave = s.clients.per_round, s.network.on_leave
     need("clients.per_round", few, few in (None, s.clients.number), "null: all take part")
     plain = isinstance(s.sampling, Fixed) and not s.sampling.over_selection
@@ -293,9 +290,9 @@ def check_neighbourhoods(rule: Combining, heard: int, smallest: int) -> None:
 
 
 def _client_event(round: Round, trained: Trained, outcome: TrainReply | Rejection, began: int) -> Event:
-    peer = trained.job.peer
+    peer, done = trained.job.peer, int(round.done[trained.job.peer])
     return client_event(
         round=round.number, version=round.world.server.version - 1, client=peer, time=int(round.peers.ready[peer]),
         staleness=0, bytes_down=int(round.sent[peer, 1]), bytes_up=int(round.sent[peer, 0]), reply=trained.outcome,
-        taken=outcome, phases=(began, began, int(round.done[peer])),
+        taken=outcome, phases=(began, None, None) if round.world.wall is not None else (began, began, done),
     )  # fmt: skip

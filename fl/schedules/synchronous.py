@@ -64,6 +64,7 @@ class Synchronous(Schedule):
 
         def enough(client: int, reply: Message) -> bool:
             answers.append((client, world.validator.check(reply, requests[client]), reply))
+            world.doubt(client, reply)
             return quota is not None and sum(isinstance(k, TrainReply) for _, k, _ in answers) >= quota
 
         _, down = world.ask(list(requests.values()), until, enough)

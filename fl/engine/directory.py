@@ -1,0 +1,151 @@
+"""Which Flower node holds which client, as nodes come, go and come back.
+
+A node is asked once who it is (`fl.engine.session.Session.hello`): its version of Shoal, the clients that it hosts, and
+how many samples of its own they have. One that left the SuperLink's list and is in it again is asked anew. The first
+node that says that it hosts a client has it until it is gone; another one that says so too is turned away by name, and
+so is one of another version.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fl.engine.carried import PROTOCOL, Note, version
+from fl.engine.home import Charges
+from fl.errors import RunStopped
+
+log = logging.getLogger("shoal.server")
+HELLO = "query.hello"
+LOOK_S, PATIENT_S = 0.2, 1.0
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a node said of itself: its clients, their own samples (train, test) by client, and its peers' address."""
+
+    clients: tuple[int, ...]
+    samples: dict[int, tuple[int, int]]
+    peer: str
+
+
+@dataclass
+class Directory:
+    """The nodes behind ``grid`` for a run of ``number`` clients; ``first`` is the note of its messages."""
+
+    grid: Grid
+    number: int
+    first: Note
+    say: Callable[[str], None] = log.info
+    nodes: dict[int, Told] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+    charges: Charges | None = None  # where a privacy claim needs them
+    _asked: dict[str, int] = field(default_factory=dict)  # ids of messages to nodes that have not said who they are
+    _there: set[int] = field(default_factory=set)
+
+    def node(self, client: int) -> int | None:
+        return next((n for n, told in self.nodes.items() if client in told.clients and n in self._there), None)
+
+    def present(self) -> list[int]:
+        self.look()
+        return sorted({c for n, told in self.nodes.items() if n in self._there for c in told.clients})
+
+    def note(self) -> dict[str, Any]:
+        answered = {} if self.charges is None else {str(c): n for c, n in self.charges.answered.items()}
+        return replace(self.first, nodes=max(1, len(self.nodes)), answered=answered).plain()
+
+    def leaving(self) -> None:
+        if self.charges is not None:
+            self.charges.save()
+
+    def heard(self, client: int) -> None:
+        if self.charges is not None:
+            self.charges.answered[client] += 1
+
+    def samples(self) -> dict[int, tuple[int, int]]:
+        """How many samples of their own (train, test) clients have, as their nodes told."""
+        return {c: sizes for told in self.nodes.values() for c, sizes in told.samples.items()}
+
+    def look(self) -> None:
+        """Ask the nodes that have come who they are, take in what they answer, and forget those that are gone."""
+        self._there = set(self.grid.get_node_ids())
+        for gone in [n for n in self.nodes if n not in self._there]:
+            self.say(f"Node {gone} is gone, with clients {_ranges(self.nodes.pop(gone).clients)}.")
+        self.refused = {n: why for n, why in self.refused.items() if n in self._there}
+        self._asked = {m: n for m, n in self._asked.items() if n in self._there}
+        known = {*self.nodes, *self.refused, *self._asked.values()}
+        new = sorted(n for n in self._there if n not in known)
+        if new:
+            note = {k: v for k, v in self.first.plain().items() if k != "answered"}
+            messages = [Message(RecordDict({"note": ConfigRecord(note)}), n, HELLO) for n in new]
+            ids = list(self.grid.push_messages(messages))
+            self._asked |= {message_id: n for message_id, n in zip(ids, new) if message_id}
+        for reply in self.grid.pull_messages(list(self._asked)) if self._asked else []:
+            node = self._asked.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None:
+                self._take(node, reply)
+
+    def _take(self, node: int, reply: Message) -> None:
+        """What ``reply`` says of ``node``. It may hold anything."""
+        try:
+            if reply.has_error():
+                raise ValueError(f"it answered with an error: {reply.error.reason!s:.500}")
+            said = reply.content["hello"]
+            assert isinstance(said, ConfigRecord)
+            if said.get("protocol") != PROTOCOL or said.get("shoal") != version():
+                there = f"Shoal {said.get('shoal')!s:.20} (messages {said.get('protocol')!s:.20})"
+                raise ValueError(f"it runs {there}; this server runs Shoal {version()} (messages {PROTOCOL})")
+            if said.get("refused"):
+                raise ValueError(str(said["refused"])[:500])
+            clients = tuple(_numbers(said, "clients"))
+            if not clients or any(not 0 <= c < self.number for c in clients):
+                raise ValueError(f"it hosts clients {_ranges(clients)}; the experiment has 0 to {self.number - 1}")
+            taken = sorted({c for told in self.nodes.values() for c in told.clients} & set(clients))
+            if taken:
+                raise ValueError(f"it hosts client {taken[0]}, which node {self.node(taken[0])} hosts already")
+            train, test = _numbers(said, "train"), _numbers(said, "test")
+            sizes = dict(zip(clients, zip(train, test, strict=True), strict=True)) if train else {}
+            self.nodes[node] = Told(clients, sizes, str(said.get("peer", ""))[:200])
+            self.say(f"Node {node} is here, with clients {_ranges(clients)}.")
+        except Exception as error:  # the node decides what is in it, so anything may break
+            why = str(error) if isinstance(error, ValueError) else f"it can't be understood ({type(error).__name__})"
+            self.refused[node] = why
+            self.say(f"Node {node} takes no part: {why}.")
+
+    def wait(self, seconds: float) -> None:
+        """Wait until every client is there. Raises `RunStopped` after ``seconds``."""
+        end, pause_s = time.monotonic() + seconds, LOOK_S
+        while len(there := self.present()) < self.number:
+            if time.monotonic() >= end:
+                missing = [c for c in range(self.number) if c not in there]
+                why = "".join(f" Node {n} takes no part: {w}." for n, w in self.refused.items())
+                raise RunStopped(
+                    f"No node holds clients {_ranges(missing)} after {seconds:g} s (engine.wait_s); "
+                    f"{len(self._there)} nodes are connected.{why} Start them with `shoal node` and run again."
+                )
+            time.sleep(min(pause_s, max(0.0, end - time.monotonic())))
+            pause_s = min(PATIENT_S, 1.5 * pause_s)
+
+
+def _numbers(said: ConfigRecord, name: str) -> list[int]:
+    found = said.get(name)
+    if not isinstance(found, list) or any(type(x) is not int or x < 0 for x in found):
+        raise ValueError(f"its {name} are no numbers: {found!r:.100}")
+    return [x for x in found if isinstance(x, int)]
+
+
+def _ranges(numbers: tuple[int, ...] | list[int]) -> str:
+    """``0-2, 5`` for (0, 1, 2, 5)."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"

@@ -1,0 +1,223 @@
+"""A place where clients train: answers the messages of Flower's runs for the clients that it hosts.
+
+The same object answers on a resident node (`fl.engine.resident`), in a stock SuperNode's process, which lives for one
+message, and in a Ray worker, which may be given any node's message. So what clients keep lies on disk, by run and
+client (`fl.engine.kept`): it is read before a message is answered where another process has written it since, and
+written before the reply leaves. Model, data and tokens stay loaded for as long as the process lives.
+
+Only code that is installed here runs; a message brings settings and numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fl.engine import home
+from fl.engine.carried import PROTOCOL, Note, carried, check_note, version
+from fl.engine.cohort_grid import client_of, cohort_app
+from fl.engine.kept import Kept, secret
+from fl.engine.settings import SuperLink
+from fl.errors import ShoalError
+from fl.experiment import Experiment, Settings, Shared
+from fl.keys import key_bytes
+
+log = logging.getLogger("shoal.node")
+HELLO = "hello"
+SITES = 2  # runs that stay loaded
+
+
+@dataclass(frozen=True)
+class Place:
+    """One machine's part: where it keeps what its clients remember, which clients it hosts, and its own settings.
+
+    ``clients`` None: those whose number leaves the remainder ``partition-id`` when divided by ``num-partitions`` (the
+    node config of Flower's own tutorials). ``data`` are files of the clients' own samples, one a client in the order of
+    ``clients``; ``engine`` replaces ``engine.*`` settings (device, threads ...); ``peer`` is the address at which other
+    nodes reach this one. ``own`` says whether noise is keyed by a secret of this place.
+    """
+
+    folder: Path
+    clients: tuple[int, ...] | None = None
+    data: tuple[Path, ...] = ()
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    peer: str = ""
+    own: bool = True
+
+    @classmethod
+    def of_node(cls, config: Mapping[str, Any]) -> Place:
+        """The place that a stock SuperNode's ``--node-config`` describes: ``clients="0-3,6"`` or partition-id and
+        num-partitions, ``state``, ``data`` (files, separated by ``:``), ``device``. Raises `ShoalError`."""
+        from fl.hosts.clients import parse_clients
+
+        chosen, number = str(config.get("clients", "")), config.get("partition-id", 0)
+        folder = Path(str(config.get("state", "") or Path(".shoal") / f"node-{number}"))
+        files = tuple(Path(part) for part in str(config.get("data", "")).split(os.pathsep) if part)
+        engine = {name: config[name] for name in ("device", "threads", "cohort_size") if name in config}
+        return cls(folder, parse_clients(chosen) if chosen else None, files, engine)
+
+    def hosts(self, config: Mapping[str, Any], number: int) -> tuple[int, ...]:
+        """The clients of ``number`` that live here. Raises `ShoalError`."""
+        if self.clients is None:
+            part, parts = int(config.get("partition-id", 0)), int(config.get("num-partitions", 1))
+            return tuple(range(part, number, parts))
+        if beyond := [c for c in self.clients if c >= number]:
+            raise ShoalError(f"this node hosts client {beyond[0]}, and the experiment has clients 0 to {number - 1}")
+        return self.clients
+
+
+class Site:
+    """One run at a place: its experiment, loaded, and what its clients keep."""
+
+    def __init__(self, place: Place, clients: tuple[int, ...], settings: Settings, note: Note, shared: Shared):
+        engine = replace(settings.engine, **place.engine)
+        self.settings, self.note, self.clients = replace(settings, engine=engine), note, clients
+        self.experiment = Experiment(self.settings, shared, log.info, hosted=len(clients))
+        self.experiment.samples = home.at_node(self.settings, clients, place.data, note.labels)
+        self.kept = Kept(place.folder, note.run)
+        if place.own:
+            self.experiment.secret = key_bytes(secret(place.folder).hex(), note.run)
+        self.node = self.experiment.node
+        self.node.hosted = frozenset(clients)
+
+    def read(self, clients: Sequence[int], answered: Mapping[str, int]) -> None:
+        """Take up what ``clients`` have kept, where another process wrote it. Raises `ShoalError`."""
+        for client in clients:
+            if self.kept.newer(client):
+                found = self.kept.load(client)
+                arrays, meta = ({}, {}) if found is None else found
+                self.node.restore_client(client, arrays)
+                self.experiment.guard.restore_client(client, meta.get("privacy", {}))
+            home.check_books(self.experiment.guard, client, answered.get(str(client), 0))
+
+    def write(self, clients: Sequence[int]) -> None:
+        """Put on disk what ``clients`` keep. Raises `ShoalError`; they are read anew then."""
+        for client in clients:
+            arrays, books = self.node.client_arrays(client), self.experiment.guard.client_state(client)
+            if arrays or books or self.kept.holds(client):
+                self.kept.save(client, arrays, {"privacy": books})
+
+    def close(self) -> None:
+        self.experiment.close()
+
+
+class Session:
+    """Answers Flower's messages at one place. ``place`` None: the node config says it. ``resolved`` are the settings,
+    where Flower's run config does not carry them (Ray)."""
+
+    def __init__(
+        self,
+        place: Place | None = None,
+        resolved: Mapping[str, Any] | None = None,
+        paced: Callable[[int], None] = lambda nodes: None,
+    ):
+        self.place, self.resolved, self.paced, self.resident = place, resolved, paced, place is not None
+        self.shared = Shared()
+        self.sites: OrderedDict[tuple[str, str], Site] = OrderedDict()
+        self._configs: OrderedDict[int, tuple[dict[str, Any], Settings]] = OrderedDict()
+        self._site: Site | None = None
+        self._note: Note | None = None
+
+    def app(self) -> ClientApp:
+        """The ClientApp of this place."""
+        app = cohort_app(self._train, self._evaluate, self._query, enter=self._enter)
+        app.query(HELLO)(self.hello)
+        return app
+
+    def close(self) -> None:
+        for site in self.sites.values():
+            site.close()
+        self.sites.clear()
+
+    def hello(self, message: Message, context: Context) -> Message:
+        """Who is here: the version of Shoal, the clients hosted, and of own samples how many there are."""
+        place = self._placed(context)
+        about: dict[str, Any] = {"shoal": version(), "protocol": PROTOCOL, "clients": [], "train": [], "test": []}
+        about |= {"peer": place.peer, "refused": ""}
+        try:
+            asked = message.content["note"]
+            assert isinstance(asked, ConfigRecord)
+            resolved, settings = self._settings(context)
+            note = check_note({**asked, "answered": {}}, resolved)
+            clients = place.hosts(context.node_config, note.clients)
+            self.paced(note.nodes)
+            home.check_samples(settings, clients, place.data)
+            about["clients"] = list(clients)
+            if place.data:
+                data = self._open(note, context).experiment.data
+                about["train"], about["test"] = home.told(settings, data, clients)
+        except ShoalError as error:
+            log.error("%s", error)
+            about["refused"] = str(error)[:1000]
+        return Message(RecordDict({"hello": ConfigRecord(about)}), reply_to=message)
+
+    def _placed(self, context: Context) -> Place:
+        if self.place is None:
+            self.place = Place.of_node(context.node_config)
+        return self.place
+
+    def _settings(self, context: Context) -> tuple[dict[str, Any], Settings]:
+        """The run's settings, read and checked once."""
+        if context.run_id not in self._configs:
+            resolved = dict(self.resolved) if self.resolved is not None else carried(context.run_config)[0]
+            settings = Settings.of(home.localised(resolved, self._placed(context).data))
+            if isinstance(settings.engine, SuperLink):
+                home.check_hosts(settings, self.resident)
+            self._configs[context.run_id] = resolved, settings
+            while len(self._configs) > SITES:
+                self._configs.popitem(last=False)
+        return self._configs[context.run_id]
+
+    def _open(self, note: Note, context: Context) -> Site:
+        place, (_, settings) = self._placed(context), self._settings(context)
+        key = note.run, note.digest
+        if key not in self.sites:
+            torch.set_num_threads(1)
+            clients = place.hosts(context.node_config, note.clients)
+            self.sites[key] = Site(place, clients, settings, note, self.shared)
+            while len(self.sites) > SITES:
+                self.sites.popitem(last=False)[1].close()
+        self.sites.move_to_end(key)
+        return self.sites[key]
+
+    def _enter(self, found: dict[str, Any], context: Context) -> None:
+        """Before the messages of one Flower message are answered. Raises `ShoalError`."""
+        note = check_note(found, self._settings(context)[0])
+        self.paced(note.nodes)
+        self._note, self._site = note, self._open(note, context)
+
+    def _answer(self, messages: list[Message], answer: Callable[[Site], list[Message]], writes: bool) -> list[Message]:
+        site, note = self._site, self._note
+        assert site is not None and note is not None
+        clients = sorted({client_of(m.metadata.dst_node_id) for m in messages} & set(site.clients))
+        try:
+            site.read(clients, note.answered)
+            replies = answer(site)
+            if writes:
+                site.write(clients)
+        except BaseException:
+            site.kept.forget_read(clients)  # what memory holds may be more than what was done
+            raise
+        return replies
+
+    def _train(self, messages: list[Message], context: Context) -> list[Message]:
+        return self._answer(messages, lambda site: site.node.train(messages), True)
+
+    def _evaluate(self, messages: list[Message], context: Context) -> list[Message]:
+        size = self._site.settings.evaluation.batch_size if self._site is not None else 1
+        return self._answer(messages, lambda site: site.node.evaluate(messages, size), False)
+
+    def _query(self, messages: list[Message], context: Context) -> list[Message]:
+        return self._answer(messages, lambda site: site.node.query(messages), True)
+
+
+app = Session().app()  # of a stock SuperNode

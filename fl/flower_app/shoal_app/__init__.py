@@ -1,0 +1,1 @@
+"""The server and client objects of the installed Shoal."""

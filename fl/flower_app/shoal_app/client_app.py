@@ -1,0 +1,5 @@
+"""The ClientApp of the installed Shoal, for stock SuperNodes."""
+
+from fl.engine.session import app
+
+__all__ = ["app"]

@@ -1,0 +1,5 @@
+"""The ServerApp of the installed Shoal."""
+
+from fl.engine.superlink import app
+
+__all__ = ["app"]

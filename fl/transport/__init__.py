@@ -1,0 +1,1 @@
+"""How peers' vectors travel between nodes: within one process, or over TLS sockets (`fl.transport.base`)."""
