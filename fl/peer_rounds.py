@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 Outcome = TrainReply | Rejection
 Train = Callable[[Sequence[TrainRequest]], list[Outcome]]
 NOWHERE = (
-    "engine.peers=direct needs nodes that listen for each other, and this one does not. Run `shoal node` with an "
-    "address for peers, or use engine.peers=relay."
+    "engine.peers=direct needs nodes that listen for each other, and this one does not. Run `shoal node --listen "
+    "HOST:PORT` there, or use engine.peers=relay."
 )
 
 

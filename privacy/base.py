@@ -166,7 +166,7 @@ class Guard:
         self.root = self.keyed(self.root)
 
     def keyed(self, root: Root) -> Root:
-        """``root`` keyed by the secret, for draws that the claim counts on beside this guard's own; itself without one."""
+        """``root`` keyed by the secret, for draws beside this guard's own that the claim counts on; itself without."""
         if self.secret is None:
             return root
         key = key_bytes("own", root, self.secret.hex())[:16]

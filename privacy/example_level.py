@@ -109,11 +109,12 @@ def poisson_batches(steps: int, rate: float, examples: np.ndarray, *key: int | s
 def charge(book: Book, round: int, fingerprint: str, steps: int) -> None:
     """Book the ``steps`` of a job that is done elsewhere, from requests as they are sent.
 
-    They may arrive in another order, so what `Book.grant` would refuse as old is charged too.
+    They may arrive in another order, so what `Book.grant` would refuse as old is charged too. What was charged in the
+    newest round is not charged again.
     """
     if book.newest and round < book.newest["round"]:
         book.steps += steps if book.limit is None else max(0, min(steps, book.limit - book.steps))
-    else:
+    elif not book.replaced(round, fingerprint):
         book.grant(round, fingerprint, steps)
 
 

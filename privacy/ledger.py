@@ -45,12 +45,21 @@ class Book:
             return int(self.newest["steps"])
         if self.newest and round < self.newest["round"]:
             raise ShoalError(f"round {round} is older than the client's newest job: its books are closed")
+        if self.replaced(round, fingerprint):
+            raise ShoalError(f"round {round} has had another job since this one: its books are closed")
         granted = steps if self.limit is None else max(0, min(steps, self.limit - self.steps))
         if granted:
             again = bool(self.newest) and self.newest["round"] == round
+            before = [*self.newest.get("before", []), self.newest["fingerprint"]] if again else []
             self.newest = {**job, "steps": granted, "attempt": self.attempt + 1 if again else 0}
+            if before:
+                self.newest["before"] = before
             self.steps += granted
         return granted
+
+    def replaced(self, round: int, fingerprint: str) -> bool:
+        """Whether the newest job's round had this one before it: delivered once more, it is not done again."""
+        return bool(self.newest) and self.newest["round"] == round and fingerprint in self.newest.get("before", [])
 
     @property
     def attempt(self) -> int:

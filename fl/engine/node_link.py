@@ -5,7 +5,7 @@ connect. Flower internals that are relied on (1.41; tests/engines/test_flower_co
 ``flwr.supernode.fleet_http_client.FleetHttpClient`` (its requests, ``retry_invoker`` and ``_client``, an httpx.Client),
 ``flwr.supernode.node_auth_http_interceptor.NodeAuthHttpInterceptor``, the messages of ``flwr.proto``,
 ``flwr.supercore.primitives.asymmetric.{generate_key_pairs, public_key_to_bytes}``, ``flwr.supercore.error``'s codes,
-``flwr.supercore.inflatable`` (objects and their trees), ``flwr.common.serde``, and `ClientApp._registered_funcs`.
+``flwr.supercore.inflatable`` (objects and their trees; also in `fl.engine.objects`), ``flwr.common.serde``, and `ClientApp._registered_funcs`.
 
 An unknown key and a key that another process still uses get the same error. They are told apart by a second request
 with a heartbeat interval that no SuperLink allows: it looks for the key first, and refuses the interval only if it
@@ -36,40 +36,28 @@ from flwr.proto.fleet_pb2 import (
     UnregisterNodeFleetRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest, PushObjectRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
-    get_object_id,
     get_object_tree,
-    iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
-    ObjectPushError,
-    ObjectUnavailableError,
-    inflate_object_from_contents,
-    pull_objects,
-    push_objects,
-)
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, push_objects
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from flwr.supercore.run import RunNotRunningException
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fl.engine.objects import RefusedMessage, fetch
 from fl.engine.retrying import Retry, described, push_until_stored, tls_error
 from fl.errors import ShoalError
 
 HEARTBEAT_S = 30.0  # Flower's default: a node is offline after two intervals without one
 REJOIN_S = 5.0
 Keys = tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]
-
-
-class RefusedMessage(Exception):
-    """What arrived is not a message that this node takes: too large, changed on the way, or not what it says it is."""
 
 
 class NodeLink:
@@ -175,38 +163,11 @@ class NodeLink:
             raise RefusedMessage(f"its head can't be read ({type(error).__name__})") from error
 
     def fetch(self, head: Message, tree: ObjectTree) -> Message:
-        """The message of ``head`` with its content, checked against the head and the hashes of its objects."""
-        run_id, lock, fetched = head.metadata.run_id, threading.Lock(), 0
-
-        def fetch_one(object_id: str) -> bytes:
-            nonlocal fetched
-            if self.stop.is_set():
-                raise RefusedMessage("this node is leaving")
-            response = self.client.PullObject(PullObjectRequest(node=self.node, run_id=run_id, object_id=object_id))
-            if not response.object_found:
-                raise ObjectPullError(object_id, "the SuperLink does not have it")
-            if not response.object_available:
-                raise ObjectUnavailableError(object_id)
-            with lock:
-                fetched += len(response.object_content)
-                if fetched > self.max_message_bytes:
-                    raise RefusedMessage(f"it is larger than {self.max_message_bytes} bytes")
-            if get_object_id(response.object_content) != object_id:
-                raise RefusedMessage("it was changed on the way: an object does not have the hash that names it")
-            return response.object_content
-
+        """The message of ``head`` with its content; see `fl.engine.objects.fetch`. It is confirmed in any case."""
         try:
-            ids = dict.fromkeys(part.object_id for part in iterate_object_tree(tree))
-            contents = pull_objects(list(ids), fetch_one, initial_backoff=0.05, backoff_cap=1.0)
+            return fetch(head.metadata, tree, self.client.PullObject, self.node, self.max_message_bytes, self.stop)
         finally:
-            self.confirm(run_id, tree.object_id)
-        message = inflated(tree.object_id, contents)
-        said, is_ = head.metadata, message.metadata
-        for name in ("run_id", "src_node_id", "dst_node_id", "message_type", "reply_to_message_id"):
-            if getattr(said, name) != getattr(is_, name):
-                raise RefusedMessage(f"its head says {name} {getattr(said, name)!r}, and it {getattr(is_, name)!r}")
-        is_.__dict__["_message_id"] = tree.object_id
-        return message
+            self.confirm(head.metadata.run_id, tree.object_id)
 
     def confirm(self, run_id: int, object_id: str) -> None:
         """Tell the SuperLink that a message's objects can be forgotten. It costs only space if that fails."""
@@ -330,17 +291,6 @@ def read_key(path: Path) -> Keys:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ShoalError(f"the node's key {path} is of another kind than elliptic curve. {way_out}")
     return key, key.public_key()
-
-
-def inflated(object_id: str, contents: dict[str, bytes]) -> Message:
-    """The message that ``contents``, by hash, make up. Raises `RefusedMessage` if they don't."""
-    try:
-        message = inflate_object_from_contents(object_id, contents)
-    except Exception as error:  # the sender decides what is in them, so anything may break
-        raise RefusedMessage(f"its objects make no message ({type(error).__name__})") from error
-    if not isinstance(message, Message):
-        raise RefusedMessage(f"it is a {type(message).__name__}, not a message")
-    return message
 
 
 def _code(error: httpx.HTTPStatusError) -> int | None:

@@ -26,11 +26,11 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 from flwr.supercore.run import RunNotRunningException
 
-from fl.engine.node_link import NodeLink, RefusedMessage
+from fl.engine.node_link import NodeLink
+from fl.engine.objects import MAX_MESSAGE_BYTES, RefusedMessage
 from fl.engine.retrying import described
 from fl.errors import ShoalError
 
-MAX_MESSAGE_BYTES = 4 * 2**30
 ERROR_TEXT = 500  # characters of an error's text that leave this node, at most
 log = logging.getLogger(__name__)
 
@@ -163,9 +163,13 @@ class Desk:
         try:
             message = self.link.fetch(head, tree)
             context = self._context(head.metadata.run_id)
-        except (RefusedMessage, ObjectPullError) as refused:
-            self.log.error("message %.8s was refused: %s", head.metadata.message_id, refused)
-            return Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, f"refused: {refused}"[:ERROR_TEXT]), reply_to=head)
+        except httpx.HTTPError:
+            raise
+        except Exception as refused:  # the sender decides what is in it, so anything may break
+            known = isinstance(refused, RefusedMessage | ObjectPullError)
+            text = str(refused) if known else type(refused).__name__
+            self.log.error("message %.8s was refused: %s", head.metadata.message_id, text, exc_info=not known)
+            return Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, f"refused: {text}"[:ERROR_TEXT]), reply_to=head)
         try:
             self._check_type(head.metadata.message_type)
             reply = self.app(message, context)

@@ -13,8 +13,8 @@ What holds when a request is repeated that may have succeeded before (Flower 1.4
   that reply is lost: the next pull gives an error reply with code ``MESSAGE_UNAVAILABLE`` or, where the SuperLink was
   stopped in between, nothing until the message's time to live is over. So wait with a deadline. Contents of replies
   are fetched one by one and each is repeated on its own, so that an error there loses nothing.
-- A reply whose contents never come gives an error reply of type "system" from the SuperLink's own node id, with code
-  ``MESSAGE_UNAVAILABLE``: only ``metadata.reply_to_message_id`` tells what it answers.
+- What the SuperLink answers itself has ``MESSAGE_UNAVAILABLE`` (also for replies whose contents never come) or
+  ``NODE_UNAVAILABLE``, and may come from its own node id: only ``metadata.reply_to_message_id`` tells what it answers.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import Run, RunNotRunningException
 
+from fl.engine.objects import Replies
 from fl.errors import RunStopped
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 5.0
@@ -160,7 +161,8 @@ class RetryGrid(Grid):
     """``grid`` with patience: server and transport errors end a run only after ``patience_s`` seconds of them.
 
     Flower's HttpGrid gets a `Retry` for its single requests, in place of its own, which gives up at once on a 500 and
-    never on a SuperLink that is away. Any other grid's calls are repeated as a whole. Raises `RunStopped` when
+    never on a SuperLink that is away, and `Replies` in place of its way to pull. Any other grid's calls are repeated as
+    a whole. Raises `RunStopped` when
     patience is over, and lets Flower's `RunNotRunningException` through when somebody stopped the run.
     """
 
@@ -168,6 +170,7 @@ class RetryGrid(Grid):
         self.grid = grid
         self.retry = retry or Retry(patience_s=patience_s)
         self._by_request = hasattr(grid, "_retry_invoker")
+        self._replies = Replies(grid) if self._by_request else None
         if self._by_request:
             vars(grid)["_retry_invoker"] = self.retry
             if (client := getattr(grid, "_client", None)) is not None:
@@ -204,7 +207,13 @@ class RetryGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies to ``message_ids`` that are here; `metadata.reply_to_message_id` tells what each answers."""
-        return list(self._patiently(self.grid.pull_messages, list(message_ids)))
+        pull = self.grid.pull_messages if self._replies is None else self._replies.pull
+        return list(self._patiently(pull, list(message_ids)))
+
+    def close(self) -> None:
+        """Give up what is on its way; the grid below stays open, for its owner."""
+        if self._replies is not None:
+            self._replies.close()
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None, poll_s: float = 0.1

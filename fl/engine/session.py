@@ -80,14 +80,13 @@ class Site:
 
     def __init__(self, place: Place, clients: tuple[int, ...], settings: Settings, note: Note, shared: Shared):
         engine = replace(settings.engine, **place.engine)
-        self.settings, self.note, self.clients = replace(settings, engine=engine), note, clients
+        self.settings = replace(settings, engine=engine)
         self.experiment = Experiment(self.settings, shared, log.info, hosted=len(clients))
         self.experiment.samples = home.at_node(self.settings, clients, place.data, note.labels)
         self.kept = Kept(place.folder, note.run)
         if place.own:
             self.experiment.secret = key_bytes(secret(place.folder).hex(), note.run)
         self.node = self.experiment.node
-        self.node.hosted = frozenset(clients)
 
     def read(self, clients: Sequence[int], answered: Mapping[str, int]) -> None:
         """Take up what ``clients`` have kept, where another process wrote it. Raises `ShoalError`."""
@@ -126,6 +125,7 @@ class Session:
         self._configs: OrderedDict[int, tuple[dict[str, Any], Settings]] = OrderedDict()
         self._site: Site | None = None
         self._note: Note | None = None
+        self._hosts: tuple[int, ...] = ()
 
     def app(self) -> ClientApp:
         """The ClientApp of this place."""
@@ -194,11 +194,13 @@ class Session:
         note = check_note(found, self._settings(context)[0])
         self.paced(note.nodes)
         self._note, self._site = note, self._open(note, context)
+        self._hosts = self._placed(context).hosts(context.node_config, note.clients)
 
     def _answer(self, messages: list[Message], answer: Callable[[Site], list[Message]], writes: bool) -> list[Message]:
         site, note = self._site, self._note
         assert site is not None and note is not None
-        clients = sorted({client_of(m.metadata.dst_node_id) for m in messages} & set(site.clients))
+        hosted = site.node.hosted = frozenset(self._hosts)  # a Ray worker answers for one node after the other
+        clients = sorted({client_of(m.metadata.dst_node_id) for m in messages} & hosted)
         try:
             site.read(clients, note.answered)
             replies = answer(site)

@@ -26,6 +26,7 @@ from fl.mixing import Mixing
 from fl.peers import Peers, ask_all
 from fl.schedules.base import Event, World, client_event, demand
 from fl.schedules.peer_events import answered_at, check_heard, gather, round_event
+from fl.transport.base import Address
 from fl.validation import Reason, Rejection
 
 if TYPE_CHECKING:
@@ -90,8 +91,9 @@ class Direct:
         size = 0
         due = getattr(world, "due", lambda round: True)
         if due(number) or number == schedule.rounds:
-            after = after.replace(vector=self._gathered(number, present))
-            size = 4 * after.layout.size * len(present)
+            asked = [p for p, o in outcomes.items() if isinstance(o, TrainReply) or o.reason != Reason.LATE]
+            vector, given = self._gathered(number, asked, limit)
+            after, size = after.replace(vector=vector), 4 * after.layout.size * given
         world.server = after
         world.clock.advance(max(world.now(), int(peers.ready.max())))
         for p, outcome in outcomes.items():
@@ -105,17 +107,17 @@ class Direct:
             "bytes_states": size,
         }
 
-    def _book(self) -> Mapping[int, tuple[str, int, str]]:
+    def _book(self) -> Mapping[int, Address]:
         """Where each client's node listens. Raises `ConfigError` where one does not."""
         book = self.world.book() if getattr(self.world, "book", None) is not None else {}  # type: ignore[attr-defined]
         homeless = [c for c in range(len(self.peers)) if c not in book]
         if homeless:
             allowed = f"relay: the node of client {homeless[0]} does not listen for other nodes"
-            raise ConfigError("engine.peers", "direct", allowed, "Run `shoal node` with an address for peers.")
+            raise ConfigError("engine.peers", "direct", allowed, "Run `shoal node --listen HOST:PORT` there.")
         return book
 
     def _request(
-        self, number: int, peer: int, mixing: Mixing, tells: list[int], book: Mapping[int, tuple[str, int, str]]
+        self, number: int, peer: int, mixing: Mixing, tells: list[int], book: Mapping[int, Address]
     ) -> PeerRequest:
         world, hears = self.world, mixing.heard(peer).tolist()
         known = peer in self.begun
@@ -157,17 +159,18 @@ class Direct:
         self.peers.traffic += sent
         return heard, sent
 
-    def _gathered(self, number: int, present: list[int]) -> np.ndarray:
-        """The mean of the peers' states after round ``number``, which all that are there are asked for."""
+    def _gathered(self, number: int, there: list[int], limit_s: float) -> tuple[np.ndarray, int]:
+        """The mean of all states after round ``number``, for which those that are there are asked, and how many gave
+        theirs. Of the others it takes the newest that is known."""
         world, peers = self.world, self.peers
         empty, layout = np.zeros(0, np.float32), world.server.layout
         extra = {"stage": "state", "run": self.run}
-        asked = [PeerRequest(p, number, world.server.version, empty, layout.hash, extra) for p in present]
-        answers = ask_all(world, asked, None)
+        asked = [PeerRequest(p, number, world.server.version, empty, layout.hash, extra) for p in there]
+        answers = ask_all(world, asked, world.now() + ticks(2 * limit_s))
         world.validator.forget(number + 1)
         states = peers.states.copy()
         given = 0
-        for p, answer in zip(present, answers, strict=True):
+        for p, answer in zip(there, answers, strict=True):
             if isinstance(answer, TrainReply):
                 state = answer.arrays["state"]
                 if len(state) == layout.size and np.isfinite(state).all():
@@ -175,7 +178,7 @@ class Direct:
         if not given:
             raise RunStopped(f"After round {number} no peer gave its state, so there is nothing to evaluate or save.")
         peers.states, self.known = states, number
-        return peers.mean().astype(world.server.vector.dtype)
+        return peers.mean().astype(world.server.vector.dtype), given
 
     def _event(
         self, outcomes: Mapping[int, TrainReply | Rejection], heard: np.ndarray, size: int, step: np.ndarray

@@ -14,15 +14,29 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from fl.errors import ShoalError
+
 Heard = dict[int, np.ndarray | None]  # by sender; None: it takes no part in this round
 
 
 class Address(NamedTuple):
-    """Where a node listens for peers, and the name in its certificate."""
+    """Where a node listens for peers, and the name in its certificate (empty without TLS)."""
 
     host: str
     port: int
     name: str
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port} {self.name}".rstrip()
+
+    @classmethod
+    def of(cls, text: str) -> Address:
+        """The address that is written as ``HOST:PORT NAME``. Raises `ShoalError`."""
+        where, _, name = text.partition(" ")
+        host, _, port = where.rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65535:
+            raise ShoalError(f"{text!r:.80} is no address for peers; they are written as HOST:PORT.")
+        return cls(host.strip("[]"), int(port), name)
 
 
 @dataclass(frozen=True)

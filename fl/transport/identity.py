@@ -20,6 +20,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
     load_ssh_private_key,
 )
+from cryptography.x509 import DNSName, ExtensionNotFound, SubjectAlternativeName, load_pem_x509_certificate
+from cryptography.x509.oid import NameOID
 
 from fl.errors import ShoalError
 
@@ -61,6 +63,19 @@ class Identity:
             file.write(pem)
             file.flush()
             context.load_cert_chain(self.certificate, file.name, password)
+
+
+def name_of(certificate: Path) -> str:
+    """The name of the node whose ``certificate`` that is (PEM). Raises `ShoalError` for one without."""
+    subject = load_pem_x509_certificate(certificate.read_bytes())
+    try:
+        found = subject.extensions.get_extension_for_class(SubjectAlternativeName).value.get_values_for_type(DNSName)
+    except ExtensionNotFound:
+        found = []
+    found += [str(a.value) for a in subject.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    if not found:
+        raise ShoalError(f"{certificate} names nobody. `shoal keys` makes certificates of nodes.")
+    return found[0]
 
 
 def names(sock: ssl.SSLSocket) -> frozenset[str]:

@@ -24,7 +24,7 @@ import numpy as np
 from fl.errors import ShoalError
 from fl.transport.base import Address, Exchange, Heard
 from fl.transport.frames import HEADER, BadFrame, Head, pack, read_head, read_vector, size
-from fl.transport.identity import Identity, names
+from fl.transport.identity import Identity, name_of, names
 from fl.transport.inbox import LATER, NOW, Inbox
 from fl.transport.wire import CONNECT_S, Wire, shut, tune
 
@@ -69,6 +69,17 @@ class Sockets:
         self.host, self.port = host, int(self._listener.getsockname()[1])
         self._thread = threading.Thread(target=self._listen, name="peers", daemon=True)
         self._thread.start()
+
+    @classmethod
+    def at(cls, listen: str, identity: Identity | None) -> Sockets:
+        """What listens at ``listen`` (HOST:PORT); without an identity plain TCP on this machine. Raises `ShoalError`."""
+        host, port, _ = Address.of(listen)
+        return cls(host, port, identity, insecure=identity is None)
+
+    @property
+    def address(self) -> Address:
+        """Where others reach this node."""
+        return Address(self.host, self.port, "" if self.identity is None else name_of(self.identity.certificate))
 
     @property
     def counts(self) -> Counter[str]:

@@ -185,7 +185,8 @@ class Programs:
         return self.wait_for(lambda: out.exists() and len(got := json.loads(out.read_text())) >= count and got)
 
     def nodes(self) -> list[dict]:
-        return json.loads(self.flwr("supernode", "list", "here", "--format", "json"))["nodes"]
+        ask = ("supernode", "list", "here", "--format", "json")
+        return self.wait_for(lambda: "nodes" in (told := json.loads(self.flwr(*ask))) and told)["nodes"]
 
 
 @pytest.fixture
@@ -230,16 +231,21 @@ def test_round_trips_and_a_clean_leave(programs, record_property):
 
 
 def test_the_superlink_is_killed_and_comes_back(programs):
-    """On the same database: the node and the run go on, in the same process and with the same context."""
-    link = programs.superlink()
+    """On the same database: the node and the run go on, in the same process and with the same context.
+
+    By default Flower's run is a grandchild of the SuperLink, and ends when the SuperLink has died. Here it is not.
+    """
+    words = ("--insecure", "--isolation", "process")
+    link = programs.superlink(*words)
+    programs.start("exec", "flower-superexec", "--insecure", "--runtime-api-address", programs.link)
     programs.node()
     out = programs.run(rounds=30)
     programs.answers(out, 5)
-    link.kill()  # not the run's process, which is a child's child of it
+    link.kill()
     link.wait()
     before = len(json.loads(out.read_text()))
     time.sleep(3)
-    programs.superlink()
+    programs.superlink(*words)
     answers = programs.answers(out, 30)
     assert before < 30
     assert [n for n, _, _ in answers] == list(range(30))

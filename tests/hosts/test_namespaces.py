@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from tests.hosts.namespaces import SERVER, Hosts, missing
+from tests.hosts.namespaces import Hosts, missing
+from tests.hosts.processes import SERVER
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 LISTEN = """
 import socket, sys
 with socket.create_server((sys.argv[1], 7000)) as server:
@@ -44,7 +45,7 @@ def test_links_are_cut_and_healed_and_nothing_is_left(tmp_path):
         hosts.heal("one")
         assert connects(hosts, "one", server, log)
         assert not connects(hosts, "one", "192.0.2.1", log)  # no route to anywhere else
-        names = [hosts._namespace(name) for name in hosts.addresses]
+        names = [hosts.namespace(name) for name in hosts.addresses]
     assert listening.poll() is not None
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout.split()
     assert not set(names) & set(left)

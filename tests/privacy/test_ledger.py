@@ -31,10 +31,25 @@ def test_a_job_is_the_same_if_round_and_content_are():
     assert mine.attempt == 0
     mine.grant(1, "b", 3)
     assert (mine.steps, mine.attempt) == (6, 1)
-    mine.grant(1, "a", 3)  # the newest alone is known
+    mine.grant(1, "c", 3)
     assert (mine.steps, mine.attempt) == (9, 2)
     mine.grant(2, "a", 3)
     assert (mine.steps, mine.attempt) == (12, 0) and not mine.exhausted
+
+
+def test_a_job_that_another_one_of_its_round_came_after_is_refused():
+    """A message that is delivered again would be charged once more, and answered with other noise."""
+    mine = book()
+    for content in ("a", "b", "c"):
+        mine.grant(1, content, 3)
+        fresh = book()
+        fresh.restore(json.loads(json.dumps(mine.state())))
+        mine = fresh
+    for content in ("a", "b"):
+        with pytest.raises(ShoalError, match="round 1 has had another job since"):
+            mine.grant(1, content, 3)
+    assert mine.grant(1, "c", 3) == 3 and mine.steps == 9
+    assert mine.grant(2, "a", 3) == 3 and mine.newest == {"round": 2, "fingerprint": "a", "steps": 3, "attempt": 0}
 
 
 def test_a_job_of_an_older_round_is_refused():
