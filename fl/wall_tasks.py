@@ -120,7 +120,7 @@ class WallTasks(Tasks):
 
     def restore(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
         """Undo `parts`, and give out anew what was on its way, with as much time as it had at first."""
-        self.wall.check_resumed(self.world.guard)
+        self.wall.check_resumed(self.world.guard, self.world.apart)
         now = meta["queue"]["now"]
         sent = {row["client"]: row["sent"] for row in meta["out"] if "request" in row}
         events = [[now + row[0] - sent.get(row[2], now), *row[1:]] for row in meta["queue"]["events"]]

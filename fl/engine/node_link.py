@@ -5,7 +5,8 @@ connect. Flower internals that are relied on (1.41; tests/engines/test_flower_co
 ``flwr.supernode.fleet_http_client.FleetHttpClient`` (its requests, ``retry_invoker`` and ``_client``, an httpx.Client),
 ``flwr.supernode.node_auth_http_interceptor.NodeAuthHttpInterceptor``, the messages of ``flwr.proto``,
 ``flwr.supercore.primitives.asymmetric.{generate_key_pairs, public_key_to_bytes}``, ``flwr.supercore.error``'s codes,
-``flwr.supercore.inflatable`` (objects and their trees; also in `fl.engine.objects`), ``flwr.common.serde``, and `ClientApp._registered_funcs`.
+``flwr.common.serde``, ``flwr.supercore.inflatable`` (objects and their trees; also in `fl.engine.objects`), and
+`ClientApp._registered_funcs` (in `fl.engine.resident`).
 
 An unknown key and a key that another process still uses get the same error. They are told apart by a second request
 with a heartbeat interval that no SuperLink allows: it looks for the key first, and refuses the interval only if it
@@ -51,7 +52,7 @@ from flwr.supercore.run import RunNotRunningException
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fl.engine.objects import RefusedMessage, fetch
+from fl.engine.objects import RefusedMessage, fetch, limit_answers
 from fl.engine.retrying import Retry, described, push_until_stored, tls_error
 from fl.errors import ShoalError
 
@@ -88,7 +89,7 @@ class NodeLink:
         self.keys: Keys = generate_key_pairs() if key_file is None else read_key(key_file)
         self.public_key = public_key_to_bytes(self.keys[1])
         self.client = connect(superlink, insecure, root_certificates, self.keys, self.retry)
-        self.client._client.event_hooks = {"response": [self._check_length]}
+        limit_answers(self.client._client, max_message_bytes)
         self.node = Node()
         self._left = threading.Event()
         self._heart = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
@@ -260,11 +261,6 @@ class NodeLink:
                 self.client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=HEARTBEAT_S))
             except (httpx.HTTPError, RunNotRunningException) as error:  # a 401 comes to the main loop, too
                 self.log.debug("heartbeat: %s", type(error).__name__)
-
-    def _check_length(self, response: httpx.Response) -> None:
-        length = int(response.headers.get("content-length") or 0)
-        if length > self.max_message_bytes + 2**20:
-            raise RefusedMessage(f"{length} bytes in one answer, more than {self.max_message_bytes}")
 
 
 def connect(

@@ -1,8 +1,8 @@
 """Messages as Flower carries them: a head, and a tree of objects that are named by their SHA-256 hashes.
 
-The SuperLink checks a message's head (who sends it to whom, in answer to what), and nobody its content, which has a head
-of its own. `fetch` gets the objects and takes them only if they are what was announced: as large as allowed, with the
-hashes that name them, and a message with the head that the SuperLink has checked. `Replies` does that for a server.
+The SuperLink checks a message's head (who sends it to whom, in answer to what); nobody checks its content, which has a
+head of its own. `fetch` gets the objects and takes them only if they are what was announced: as large as allowed, with
+the hashes that name them, and a message with the head that the SuperLink has checked. `Replies` does so for a server.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+import httpx
 from flwr.app import Error, Message
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
@@ -85,6 +86,17 @@ def fetch(
     return message
 
 
+def limit_answers(client: httpx.Client, max_bytes: int) -> None:
+    """Let ``client`` raise `RefusedMessage`, before it reads it, for an answer larger than ``max_bytes`` and 1 MiB."""
+
+    def check(response: httpx.Response) -> None:
+        length = int(response.headers.get("content-length") or 0)
+        if length > max_bytes + 2**20:
+            raise RefusedMessage(f"it has {length} bytes in one answer, more than {max_bytes}")
+
+    client.event_hooks = {"response": [check]}
+
+
 class Replies:
     """Replies for the server of ``grid``, Flower's HttpGrid, in place of its ``pull_messages``.
 
@@ -96,6 +108,7 @@ class Replies:
 
     def __init__(self, grid: Any, max_bytes: int = MAX_MESSAGE_BYTES, threads: int = 16):
         self.grid, self.max_bytes = grid, max_bytes
+        limit_answers(grid._runtime_client._client, max_bytes)
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(threads, "replies")
         self._coming: dict[str, Future[Message]] = {}  # by the id of the message that is answered
@@ -107,6 +120,8 @@ class Replies:
             response = self.grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=sorted(ask)))
             for proto, tree in zip(response.messages_list, response.message_object_trees, strict=True):
                 head = message_from_proto(proto).metadata
+                if head.reply_to_message_id not in ask:
+                    continue  # Flower adds messages to the server itself, which Shoal does not use
                 self._coming[head.reply_to_message_id] = self._pool.submit(self._fetch, head, tree)
         waiting = {key: self._coming[key] for key in wanted & self._coming.keys()}
         wait(waiting.values(), timeout=wait_s)

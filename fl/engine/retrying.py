@@ -162,19 +162,18 @@ class RetryGrid(Grid):
 
     Flower's HttpGrid gets a `Retry` for its single requests, in place of its own, which gives up at once on a 500 and
     never on a SuperLink that is away, and `Replies` in place of its way to pull. Any other grid's calls are repeated as
-    a whole. Raises `RunStopped` when
-    patience is over, and lets Flower's `RunNotRunningException` through when somebody stopped the run.
+    a whole. Raises `RunStopped` when patience is over, and lets Flower's `RunNotRunningException` through when somebody
+    stopped the run.
     """
 
     def __init__(self, grid: Grid, patience_s: float = 120.0, *, retry: Retry | None = None):
         self.grid = grid
         self.retry = retry or Retry(patience_s=patience_s)
         self._by_request = hasattr(grid, "_retry_invoker")
-        self._replies = Replies(grid) if self._by_request else None
+        self._replies: Replies | None = None
         if self._by_request:
-            vars(grid)["_retry_invoker"] = self.retry
-            if (client := getattr(grid, "_client", None)) is not None:
-                client._retry_invoker = self.retry
+            vars(grid)["_retry_invoker"] = grid._runtime_client._retry_invoker = self.retry  # type: ignore[attr-defined]
+            self._replies = Replies(grid)
 
     @property
     def run(self) -> Run:

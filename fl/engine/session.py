@@ -25,7 +25,7 @@ from flwr.clientapp import ClientApp
 from fl.engine import home
 from fl.engine.carried import PROTOCOL, Note, carried, check_note, version
 from fl.engine.cohort_grid import client_of, cohort_app
-from fl.engine.kept import Kept, secret
+from fl.engine.kept import Kept, forget, secret
 from fl.engine.settings import SuperLink
 from fl.errors import ShoalError
 from fl.experiment import Experiment, Settings, Shared
@@ -34,6 +34,7 @@ from fl.keys import key_bytes
 log = logging.getLogger("shoal.node")
 HELLO = "hello"
 SITES = 2  # runs that stay loaded
+KEPT_DAYS = 60  # what clients keep of a run is deleted when it was not written to for so long
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,8 @@ class Session:
         key = note.run, note.digest
         if key not in self.sites:
             torch.set_num_threads(1)
+            for run in forget(place.folder, KEPT_DAYS):
+                log.info("forgot run %s: nothing was written to it for %d days", run, KEPT_DAYS)
             clients = place.hosts(context.node_config, note.clients)
             self.sites[key] = Site(place, clients, settings, note, self.shared)
             while len(self.sites) > SITES:

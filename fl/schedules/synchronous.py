@@ -43,7 +43,7 @@ class Synchronous(Schedule):
 
     def run(self, world: World) -> Iterator[Event]:
         if world.wall is not None:
-            world.wall.check_resumed(world.guard)
+            world.wall.check_resumed(world.guard, world.apart)
         for round in range(world.server.round + 1, self.rounds + 1):
             reason = world.guard.stopped()
             if reason is not None:

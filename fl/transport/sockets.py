@@ -72,7 +72,7 @@ class Sockets:
 
     @classmethod
     def at(cls, listen: str, identity: Identity | None) -> Sockets:
-        """What listens at ``listen`` (HOST:PORT); without an identity plain TCP on this machine. Raises `ShoalError`."""
+        """What listens at ``listen`` (HOST:PORT), without an identity by plain TCP. Raises `ShoalError`."""
         host, port, _ = Address.of(listen)
         return cls(host, port, identity, insecure=identity is None)
 

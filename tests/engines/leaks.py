@@ -55,7 +55,7 @@ def needles(texts: Sequence[str], data: TokenData, parts: Sequence[np.ndarray]) 
     for part in parts:
         assert data.labels is not None
         labels = data.labels[part]
-        for at in range(0, len(labels) - 3 * WINDOW + 1):
+        for at in range(len(labels) - 3 * WINDOW + 1):
             window = labels[at : at + 3 * WINDOW]
             if len(np.unique(window)) > 1:
                 found |= {f: f"labels {at} on as {kind}" for kind, f in forms(window, small=True).items()}

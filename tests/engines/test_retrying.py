@@ -274,6 +274,7 @@ def test_flowers_grid_repeats_single_requests(monkeypatch):
     grid, stop = grid_over(below)
     assert grid.get_node_ids() == [] and len(seen) == 3 and len(stop.pauses) == 2
     assert grid.run.run_id == 1
+    grid.close()
     answers[:] = [403]
     with pytest.raises(RunNotRunningException):
         grid.pull_messages(["a"])

@@ -1,4 +1,4 @@
-"""Programs that don't keep to the rules: a node that answers with lies, and a server app that sends nodes what it likes.
+"""Programs that don't keep to the rules: a node that answers with lies, a server app that sends nodes what it likes.
 
 Each is the text of a script, since it runs in a process of its own. Both know everything: keys, formats, settings.
 """
@@ -140,6 +140,7 @@ def contents(resolved, out):
     lying = TrainRequest(0, 1, 0, "layout", np.zeros(3, np.float32)).to_record()
     lying["state"] = ArrayRecord({"vector": Array("float32", (10**12,), "shoal.f32", bytes(4))})
     pickled = pickle.dumps(np.array([Touch(out + ".canary")], dtype=object))
+    outside = Array("object", (1,), "numpy.ndarray", pickled)
     canary = TrainRequest(0, 1, 0, "layout", np.zeros(3, np.float32)).to_record()
     canary["state"] = ArrayRecord({"vector": Array("object", (1,), "numpy.ndarray", pickled)})
     yield "too large", "train", RecordDict({"x": ConfigRecord({"b": bytes(3 * 2**20)})})
@@ -155,7 +156,7 @@ def contents(resolved, out):
     yield "too few numbers", "train", whole
     yield "shape lies", "train", pack([lying], header, join=True)
     yield "pickle", "train", pack([canary], header, join=True)
-    yield "pickle outside", "train", RecordDict({"cohort": ArrayRecord({"index": Array("object", (1,), "numpy.ndarray", pickled)})})
+    yield "pickle outside", "train", RecordDict({"cohort": ArrayRecord({"index": outside})})
     yield "unknown type", "query.shell", RecordDict({"x": ConfigRecord({"a": 1})})
     yield "hello without note", "query.hello", RecordDict({"x": ConfigRecord({"a": 1})})
 

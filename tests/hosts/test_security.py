@@ -22,7 +22,7 @@ from fl.engine.carried import carry
 from fl.hosts.keys import add_node, make_keys
 from tests.helpers import ENCODER
 from tests.hosts.attackers import EVIL, EVIL_PROJECT, LIAR
-from tests.hosts.processes import QUIET, SHOAL, Loopback, Scene
+from tests.hosts.processes import QUIET, SERVER, SHOAL, Loopback, Scene
 from tests.hosts.proxy import Proxy
 
 pytestmark = pytest.mark.slow
@@ -73,8 +73,13 @@ def test_a_node_without_a_known_key(scene):
     unharmed(scene)
 
 
-def test_a_plaintext_client_at_the_tls_port(scene):
-    assert "TLS" in refused(scene, scene.address, "--insecure")
+def test_a_plaintext_client_at_the_tls_port(scene, tmp_path):
+    node = scene.hosts.start(
+        SERVER, [*SHOAL, "node", scene.address, "--insecure"], tmp_path, scene.folder / "plain.log"
+    )
+    scene.wait(lambda: "trying again" in scene.log("plain"), 90, "the plaintext node is turned away", node)
+    node.terminate()
+    assert node.wait(30) == 0 and "has joined" not in scene.log("plain")
     with pytest.raises(httpx.TransportError):
         httpx.post(f"http://{scene.address}/v1/control/list-runs", content=b"", timeout=10)
     with socket.create_connection(("127.0.0.1", scene.port), timeout=10) as raw:
