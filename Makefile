@@ -9,7 +9,7 @@ export FLWR_TELEMETRY_ENABLED ?= 0
 export FLWR_DISABLE_UPDATE_CHECK ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint bench install clean
+.PHONY: demo test test-slow test-hosts lint bench install clean
 
 install: $(STAMP)
 
@@ -27,6 +27,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+
+test-hosts: $(STAMP)
+	$(BIN)/python -m pytest -m hosts -rs tests/hosts
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -47,6 +47,7 @@ from fl.state import ServerState, Update
 from fl.topology.auto import Auto, resolve
 from fl.topology.base import Topology
 from fl.trackers.base import Tracker
+from fl.transport.base import PeerTransport
 from privacy import example_level
 from privacy.base import Guard, Privacy, noise_root
 from privacy.secure_aggregation.settings import SecAggPlus, SecureAggregation
@@ -246,6 +247,7 @@ class Experiment:
         ] = {}  # at the server: samples (train, test) that clients have of their own
         self.samples: Samples | None = None  # at a node: what its clients have of their own
         self.secret: bytes | None = None  # of this place and run, that noise is keyed with
+        self.transport: PeerTransport | None = None  # at a node: its way to other nodes' peers
         self.charges: Charges | None = None  # at the server: what clients elsewhere may have spent
         self._trainer: Trainer | None = None
         self.plan: Plan | None = None

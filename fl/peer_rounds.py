@@ -137,9 +137,12 @@ class PeerRounds:
         lr, deadline_s = extra.get("lr"), extra.get("deadline_s")
         hears, tells = (arrays.get(name, np.zeros(0, np.uint32)).tolist() for name in ("hears", "tells"))
         weights = arrays.get("weights", np.zeros(0))
-        if not isinstance(lr, float) or not isinstance(deadline_s, float) or len(weights) != len(hears) + 1:
-            raise ShoalError("a request for a round has a learning rate, a deadline, and a weight for each it hears")
-        book = {int(c): Address(str(a[0]), int(a[1]), str(a[2])) for c, a in json.loads(str(extra["book"])).items()}
+        if not isinstance(lr, float) or not isinstance(deadline_s, float) or not 0 < deadline_s <= 1e9:
+            raise ShoalError("a request for a round has a learning rate and a deadline")
+        if len(weights) != len(hears) + 1:
+            raise ShoalError("a request for a round has a weight for each that its peer hears, and its own")
+        told = dict(json.loads(str(extra["book"])))
+        book = {int(c): Address(str(host), int(port), str(name)) for c, (host, port, name) in told.items()}
         if homeless := {*hears, *tells} - book.keys():
             raise ShoalError(f"the address of client {min(homeless)} is missing")
         parallel = extra.get("order") == "parallel"

@@ -164,7 +164,12 @@ class Server:
             s.evaluation.aggregation_error and bool(space.modules), sizes=[len(p) for p in experiment.data.parts],
             treatment=s.schedule.rule(s.aggregator.staleness).treatment(experiment),
             root=experiment.root_update if rooted else None, peers=peers, attack=s.attack, apart=s.engine.remote,
+            due=lambda round: s.evaluation.central(round, round == s.schedule.rounds, self._tested_at, self._now()),
+            book=grid.places.book if isinstance(grid, CohortGrid) else dict,
         )  # fmt: skip
+
+    def _now(self) -> int:
+        return 0 if self.world is None else self.world.clock.now
 
     def _write(self, event: Event) -> None:
         event = {**event, "wall_s": round(self.wall_s, 3)}

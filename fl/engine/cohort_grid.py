@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from flwr.supercore.run import Run
 
 from fl.engine.packing import Content, pack, unpack
 from fl.errors import ShoalError
+from fl.transport.base import Address
 
 FIRST_CLIENT = 1_000_000  # client c is node 1000000 + c, apart from the ids of InProcessGrid's nodes
 Handler = Callable[[list[Message], Context], list[Message]]
@@ -51,6 +52,9 @@ class Places(Protocol):
     def note(self) -> dict[str, Any]:
         """What every message tells its node, as JSON-able values."""
 
+    def book(self) -> Mapping[int, Address]:
+        """Where the nodes of clients listen for each other; those that don't are left out."""
+
     def leaving(self) -> None:
         """Messages are about to leave."""
 
@@ -75,6 +79,9 @@ class _Dealt:
         return list(range(self.number))
 
     def note(self) -> dict[str, Any]:
+        return {}
+
+    def book(self) -> Mapping[int, Address]:
         return {}
 
     def leaving(self) -> None:

@@ -19,7 +19,8 @@ from flwr.serverapp import Grid
 
 from fl.engine.carried import PROTOCOL, Note, version
 from fl.engine.home import Charges
-from fl.errors import RunStopped
+from fl.errors import RunStopped, ShoalError
+from fl.transport.base import Address
 
 log = logging.getLogger("shoal.server")
 HELLO = "query.hello"
@@ -28,11 +29,11 @@ LOOK_S, PATIENT_S = 0.2, 1.0
 
 @dataclass(frozen=True)
 class Told:
-    """What a node said of itself: its clients, their own samples (train, test) by client, and its peers' address."""
+    """What a node said: its clients, how many samples of their own (train, test), and where it listens for others."""
 
     clients: tuple[int, ...]
     samples: dict[int, tuple[int, int]]
-    peer: str
+    peer: Address | None
 
 
 @dataclass
@@ -59,6 +60,9 @@ class Directory:
     def note(self) -> dict[str, Any]:
         answered = {} if self.charges is None else {str(c): n for c, n in self.charges.answered.items()}
         return replace(self.first, nodes=max(1, len(self.nodes)), answered=answered).plain()
+
+    def book(self) -> dict[int, Address]:
+        return {c: told.peer for told in self.nodes.values() if told.peer is not None for c in told.clients}
 
     def leaving(self) -> None:
         if self.charges is not None:
@@ -111,10 +115,12 @@ class Directory:
                 raise ValueError(f"it hosts client {taken[0]}, which node {self.node(taken[0])} hosts already")
             train, test = _numbers(said, "train"), _numbers(said, "test")
             sizes = dict(zip(clients, zip(train, test, strict=True), strict=True)) if train else {}
-            self.nodes[node] = Told(clients, sizes, str(said.get("peer", ""))[:200])
+            peer = str(said.get("peer", ""))[:300]
+            self.nodes[node] = Told(clients, sizes, Address.of(peer) if peer else None)
             self.say(f"Node {node} is here, with clients {_ranges(clients)}.")
         except Exception as error:  # the node decides what is in it, so anything may break
-            why = str(error) if isinstance(error, ValueError) else f"it can't be understood ({type(error).__name__})"
+            named = isinstance(error, ValueError | ShoalError)
+            why = str(error) if named else f"it can't be understood ({type(error).__name__})"
             self.refused[node] = why
             self.say(f"Node {node} takes no part: {why}.")
 

@@ -175,14 +175,17 @@ def check_hosts(settings: Settings, resident: bool = True) -> None:
 def check_books(guard: Guard, client: int, answered: int) -> None:
     """Refuse to spend more of ``client``'s budget where its book can't be whole.
 
-    ``answered`` is how many training replies of the client the server has heard in this run. Each cost a step or more,
-    and was on the disk before it left; a book with fewer steps is lost, or an old copy. Raises `ShoalError`.
+    ``answered`` is the newest of the client's jobs (their ``round``) of which the server has heard a training reply; 0:
+    none. It was in the book, and the book on the disk, before the reply left; one that ends before it is lost, or an
+    old copy. Raises `ShoalError`.
     """
     book = guard.client_state(client)
-    if book and int(book["steps"]) < answered:
+    newest = int(book.get("newest", {}).get("round", 0))
+    if book and newest < answered:
         raise ShoalError(
-            f"client {client}'s privacy book has {book['steps']} steps, and the server has heard {answered} answers: "
-            "it was lost, so what was spent can't be accounted for. Put the node's folder back, or start the run anew."
+            f"client {client}'s privacy book ends with job {newest}, and the server has heard an answer to job "
+            f"{answered}: it was lost, so what was spent can't be accounted for. Put the node's folder back, or start "
+            "the run anew."
         )
 
 
@@ -190,7 +193,7 @@ class Charges:
     """What the server has charged clients for (`Guard.mirror`), kept by ``kept`` so that a crash forgets nothing.
 
     A checkpoint is older than the last requests, which nodes may have spent on; so the books are written by themselves,
-    before requests leave. ``answered`` is how many training replies of each client were heard.
+    before requests leave. ``answered`` is what `check_books` is told of each client.
     """
 
     def __init__(self, guard: Guard, kept: Kept, clients: int):
@@ -204,6 +207,10 @@ class Charges:
             for client, (book, answered) in enumerate(found[1]["clients"]):
                 self.guard.restore_client(client, book)
                 self.answered[client] = answered
+
+    def heard(self, client: int, job: int) -> None:
+        """Note that a training reply to a ``job`` of ``client`` has come; the same one may come again."""
+        self.answered[client] = max(self.answered[client], job)
 
     def save(self) -> None:
         """Write all books: after requests were charged and before they leave. Raises `ShoalError`."""

@@ -112,6 +112,7 @@ class NodeLink:
         self._left.set()
         self.retry.max_tries = 1
         self._heart.join(10.0)  # a heartbeat after it has left would make the node known as online again
+        self.client._retry_invoker = cast(Any, Retry(self.retry.what, 5.0, 0.0, log=self.log))
         try:
             if self.node_id:
                 self.client.DeactivateNode(DeactivateNodeRequest(node_id=self.node_id))
@@ -128,25 +129,23 @@ class NodeLink:
         self.node, waiting = Node(), False
         while not self.stop.is_set():
             try:
-                if self.key_file is None:
-                    self._register()
-                request = ActivateNodeRequest(public_key=self.public_key, heartbeat_interval=HEARTBEAT_S)
-                self.node = Node(node_id=self.client.ActivateNode(request).node_id)
-                self.log.info("node %d has joined %s", self.node_id, self.superlink)
-                return
-            except httpx.TransportError as error:
+                if self._activate():
+                    return
+            except httpx.HTTPError as error:
                 if self.stop.is_set():
                     return
-                raise ShoalError(self._no_tls(error)) from error
-            except httpx.HTTPStatusError as error:
+                if isinstance(error, httpx.TransportError):
+                    raise ShoalError(self._no_tls(error)) from error
                 self._check_refusal(error)
+            except RunNotRunningException as error:  # `Retry`'s word for a 403
+                raise ShoalError(f"{self.superlink} answers HTTP 403. Is it a SuperLink? Look at its log.") from error
+            else:
                 if not waiting:
-                    self.log.warning(
-                        "%s: the key %s is in use, by another process or by one that was killed less than a minute "
-                        "ago; trying again every %g s", self.superlink, self.key_file or "made here", REJOIN_S,
-                    )  # fmt: skip
+                    key = self.key_file or "that this node made for itself"
+                    text = "%s: the key %s is in use, by another process or one that was killed less than a minute ago"
+                    self.log.warning(text + "; trying again every %g s", self.superlink, key, REJOIN_S)
                 waiting = True
-                self.stop.wait(REJOIN_S)
+            self.stop.wait(REJOIN_S)
 
     def pull(self) -> tuple[Message, ObjectTree] | None:
         """The next message's head, without its content, and the tree of its objects; None if there is none.
@@ -212,6 +211,20 @@ class NodeLink:
 
         push_objects(get_all_nested_objects(reply), push_one, object_ids_to_push=set(wanted))
 
+    def _activate(self) -> bool:
+        """Whether the node is active now; otherwise its key is known, and in use. Raises what else goes wrong."""
+        try:
+            if self.key_file is None:
+                self._register()
+            request = ActivateNodeRequest(public_key=self.public_key, heartbeat_interval=HEARTBEAT_S)
+            self.node = Node(node_id=self.client.ActivateNode(request).node_id)
+        except httpx.HTTPStatusError as error:
+            if _code(error) == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED and self._key_is_known():
+                return False
+            raise
+        self.log.info("node %d has joined %s", self.node_id, self.superlink)
+        return True
+
     def _register(self) -> None:
         try:
             self.client.RegisterNode(RegisterNodeFleetRequest(public_key=self.public_key))
@@ -219,12 +232,11 @@ class NodeLink:
             if _code(error) != ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:  # it was registered when the answer got lost
                 raise
 
-    def _check_refusal(self, error: httpx.HTTPStatusError) -> None:
-        """Raise what is wrong, unless it is that our key is known and in use, which passes."""
-        code, answer = _code(error), f"{self.superlink} answers {described(error)}"
+    def _check_refusal(self, error: httpx.HTTPError) -> None:
+        """Raise what waiting does not heal."""
+        assert isinstance(error, httpx.HTTPStatusError)
+        code, status, answer = _code(error), error.response.status_code, f"{self.superlink} answers {described(error)}"
         if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
-            if self._key_is_known():
-                return
             raise ShoalError(
                 f"{self.superlink} does not know the key {self.key_file or 'that this node made for itself'}. "
                 f"Register it there: `flwr supernode register {self.key_file or 'KEY'}.pub`."
@@ -234,12 +246,13 @@ class NodeLink:
                 f"{self.superlink} takes only nodes with a known key, and this one has none. Make one with `shoal "
                 "keys`, register it with `flwr supernode register KEY.pub`, and give it to `shoal node`."
             ) from error
-        if error.response.status_code == httpx.codes.UNAUTHORIZED:
+        if status == httpx.codes.UNAUTHORIZED:
             raise ShoalError(
                 f"{answer}: it does not accept this node's signature. Set both machines' clocks: they may differ by "
                 "5 s where the node's is ahead, and by 5 minutes where it is behind."
             ) from error
-        raise ShoalError(f"{answer}; {error.response.text:.200}. Look into its log.") from error
+        if status < 500:
+            raise ShoalError(f"{answer}; {error.response.text:.200}. Look at its log.") from error
 
     def _key_is_known(self) -> bool:
         try:

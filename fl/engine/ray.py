@@ -23,6 +23,8 @@ from flwr.serverapp import Grid
 from fl.engine.carried import Note, digest
 from fl.engine.cohort_grid import CohortGrid
 from fl.engine.directory import Directory
+from fl.engine.home import Charges
+from fl.engine.kept import Kept
 from fl.engine.ray_workers import POLL_S, App, require, simulate
 from fl.errors import RunStopped
 
@@ -50,7 +52,8 @@ def connect(engine: Ray, experiment: Experiment, about: Carried) -> Callable[[Se
         def server_main(grid: Grid) -> None:
             directory = Directory(grid, number, Note(about.run, digest(resolved), 1, number), log.info)
             if experiment.settings.privacy.unit is not None:
-                directory.answered = {}
+                kept = Kept(about.folder / "books", about.run)
+                experiment.charges = directory.charges = Charges(experiment.guard, kept, number)
             while len(directory.present()) < number:
                 if directory.refused:
                     raise RunStopped(f"a Ray worker takes no part: {next(iter(directory.refused.values()))}")

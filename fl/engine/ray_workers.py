@@ -103,10 +103,11 @@ class Workers:
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         try:
             ray.init(**init_args(self.settings, self.most))
-        except ConnectionError as error:
-            raise ConfigError(
-                "engine.ray_address", self.settings.ray_address, "no Ray answers there", "Start one: ray start --head."
-            ) from error
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            if self.settings.ray_address is None:
+                raise ShoalError(f"Ray did not start: {_line(error)}") from error
+            way_out = f"Start one there with `ray start --head`. Ray says: {_line(error)}"
+            raise ConfigError("engine.ray_address", self.settings.ray_address, "a Ray head", way_out) from error
         try:
             self.actors = [self._new() for _ in range(self._number())]
             ray.get([actor.__ray_ready__.remote() for actor in self.actors], timeout=START_S)
@@ -157,6 +158,7 @@ class Workers:
         import ray
 
         try:
+            ray.kill(self.actors[worker])  # one that only can't be reached must not hold its processors
             actor = self._new()
             ray.get(actor.__ray_ready__.remote(), timeout=START_S)
         except ray.exceptions.RayError as error:

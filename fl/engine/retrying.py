@@ -240,6 +240,6 @@ class RetryGrid(Grid):
     def _stopped(self, error: Exception) -> RunStopped:
         what, again = self.retry.what, "go on with `shoal run --resume`"
         if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
-            return RunStopped(f"{what} refuses a request ({described(error)}). Look into its log, and {again}.")
+            return RunStopped(f"{what} refuses a request ({described(error)}). Look at its log, and {again}.")
         trouble = f"{what} still gives an error after {self.retry.patience_s:g} s ({described(error)})"
         return RunStopped(f"{trouble}. Restart it with the same --database, and {again}.")

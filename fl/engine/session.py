@@ -30,6 +30,7 @@ from fl.engine.settings import SuperLink
 from fl.errors import ShoalError
 from fl.experiment import Experiment, Settings, Shared
 from fl.keys import key_bytes
+from fl.transport.sockets import Sockets
 
 log = logging.getLogger("shoal.node")
 HELLO = "hello"
@@ -43,15 +44,15 @@ class Place:
 
     ``clients`` None: those whose number leaves the remainder ``partition-id`` when divided by ``num-partitions`` (the
     node config of Flower's own tutorials). ``data`` are files of the clients' own samples, one a client in the order of
-    ``clients``; ``engine`` replaces ``engine.*`` settings (device, threads ...); ``peer`` is the address at which other
-    nodes reach this one. ``own`` says whether noise is keyed by a secret of this place.
+    ``clients``; ``engine`` replaces ``engine.*`` settings (device, threads ...); ``transport`` listens for other nodes'
+    peers. ``own`` says whether noise is keyed by a secret of this place.
     """
 
     folder: Path
     clients: tuple[int, ...] | None = None
     data: tuple[Path, ...] = ()
     engine: Mapping[str, Any] = field(default_factory=dict)
-    peer: str = ""
+    transport: Sockets | None = None
     own: bool = True
 
     @classmethod
@@ -84,6 +85,7 @@ class Site:
         self.settings = replace(settings, engine=engine)
         self.experiment = Experiment(self.settings, shared, log.info, hosted=len(clients))
         self.experiment.samples = home.at_node(self.settings, clients, place.data, note.labels)
+        self.experiment.transport = place.transport
         self.kept = Kept(place.folder, note.run)
         if place.own:
             self.experiment.secret = key_bytes(secret(place.folder).hex(), note.run)
@@ -138,12 +140,14 @@ class Session:
         for site in self.sites.values():
             site.close()
         self.sites.clear()
+        if self.place is not None and self.place.transport is not None:
+            self.place.transport.close()
 
     def hello(self, message: Message, context: Context) -> Message:
         """Who is here: the version of Shoal, the clients hosted, and of own samples how many there are."""
         place = self._placed(context)
         about: dict[str, Any] = {"shoal": version(), "protocol": PROTOCOL, "clients": [], "train": [], "test": []}
-        about |= {"peer": place.peer, "refused": ""}
+        about |= {"peer": "" if place.transport is None else str(place.transport.address), "refused": ""}
         try:
             asked = message.content["note"]
             assert isinstance(asked, ConfigRecord)

@@ -16,7 +16,6 @@ from fl.hosts.clients import parse_clients
 from fl.hosts.files import CA, check_private, check_public, node_files
 from fl.hosts.server import HOME, check_insecure
 
-STOCK_PORT = 9094  # Flower's default for the socket between a SuperNode and its own processes
 SEPARATORS = "'\"\\:"  # characters that a node config, or a list of files in it, can't carry
 
 
@@ -39,7 +38,7 @@ def command(options: argparse.Namespace, config: dict[str, Any]) -> list[str]:
     """The `flower-supernode` command for these options and this node config."""
     host, port = split_address("HOST:PORT", options.superlink)
     words = [programs.find("flower-supernode"), "--superlink", join_address(host, port)]
-    words += ["--port", str(_free_port(STOCK_PORT))]
+    words += ["--port", str(_free_port())]
     if options.insecure:
         words += ["--insecure"]
     else:
@@ -104,17 +103,24 @@ def _make_state(folder: Path) -> None:
         raise ShoalError(f"the state folder {folder} can't be made ({error.strerror}). {way_out}") from None
 
 
-def _free_port(first: int) -> int:
-    """The first port from ``first`` on that nothing on this machine's loopback listens on."""
-    for port in range(first, first + 1000):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise ShoalError(f"no port from {first} to {first + 999} is free on 127.0.0.1.")
+def _free_port() -> int:
+    """A port of this machine that nothing listens on, of the system's choice, so that two nodes that start at
+    the same moment get two."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def _listening(options: argparse.Namespace) -> Any:
+    """What listens for other nodes, if this one is to be reached by them (``--listen``)."""
+    from fl.transport.identity import Identity
+    from fl.transport.sockets import Sockets
+
+    if options.listen is None:
+        return None
+    if options.insecure:
+        return Sockets.at(options.listen, None)
+    key, _, certificate = node_files(options.keys, options.name)
+    return Sockets.at(options.listen, Identity(options.keys / CA, check_public(certificate), key))
 
 
 def _resident(options: argparse.Namespace, config: dict[str, Any]) -> int:
@@ -131,7 +137,7 @@ def _resident(options: argparse.Namespace, config: dict[str, Any]) -> int:
         clients=None if options.clients is None else parse_clients(options.clients),
         data=tuple(path.absolute() for path in options.data or ()),
         engine={name: config[name] for name in ("device", "threads") if name in config},
-        peer=options.listen or "",
+        transport=_listening(options),
     )
     stop, pace = until_signal(), Pace()
     session = Session(place, paced=pace.nodes)

@@ -51,6 +51,7 @@ from privacy.secure_aggregation.shares import ProofCodec, SecretShares
 if TYPE_CHECKING:
     from fl.experiment import Experiment, Settings
     from fl.peers import Peers
+    from fl.transport.base import Address
 
 Parts = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays and plain values, as `fl.checkpoint.save` takes them
 Event = dict[str, Any]
@@ -110,6 +111,8 @@ class World:
     peers: Peers | None = None  # of a schedule without a server
     attack: Behaviour = field(default_factory=Honest)  # what hostile peers send each other
     apart: bool = False  # whether clients' books are kept where they train, and mirrored here
+    due: Callable[[int], bool] = lambda round: True  # whether an evaluation of the state after a round is due
+    book: Callable[[], Mapping[int, Address]] = dict  # where clients' nodes listen for each other (`fl.transport`)
     fleet: Fleet = field(init=False)
 
     def __post_init__(self) -> None:

@@ -89,8 +89,7 @@ class Direct:
         before, after = world.server, world.server.replace(version=world.server.version + 1, round=number)
         self.begun = {p for p, o in outcomes.items() if isinstance(o, TrainReply)}
         size = 0
-        due = getattr(world, "due", lambda round: True)
-        if due(number) or number == schedule.rounds:
+        if world.due(number) or number == schedule.rounds:
             asked = [p for p, o in outcomes.items() if isinstance(o, TrainReply) or o.reason != Reason.LATE]
             vector, given = self._gathered(number, asked, limit)
             after, size = after.replace(vector=vector), 4 * after.layout.size * given
@@ -109,7 +108,7 @@ class Direct:
 
     def _book(self) -> Mapping[int, Address]:
         """Where each client's node listens. Raises `ConfigError` where one does not."""
-        book = self.world.book() if getattr(self.world, "book", None) is not None else {}  # type: ignore[attr-defined]
+        book = self.world.book()
         homeless = [c for c in range(len(self.peers)) if c not in book]
         if homeless:
             allowed = f"relay: the node of client {homeless[0]} does not listen for other nodes"

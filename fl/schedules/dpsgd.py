@@ -43,7 +43,7 @@ class DPSGD(Gossip):
         from fl.peer_rounds import PeerRounds
 
         settings = experiment.settings
-        return PeerRounds.of(experiment, getattr(experiment, "transport", None)) if is_direct(settings) else None
+        return PeerRounds.of(experiment, experiment.transport) if is_direct(settings) else None
 
     def expects(self, request: Request) -> Mapping[str, tuple[str, int]]:
         return EXPECTED.get(str(request.extra.get("stage")), {})

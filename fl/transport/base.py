@@ -59,9 +59,11 @@ class Exchange:
 
 
 class PeerTransport(Protocol):
-    """One node's way to its peers' neighbours. ``counts`` says what was dropped or refused, by reason."""
+    """One node's way to its peers' neighbours."""
 
-    counts: Counter[str]
+    @property
+    def counts(self) -> Counter[str]:
+        """What was dropped or refused, by reason."""
 
     def begin(self, exchange: Exchange) -> None:
         """Begin a round: messages of earlier ones are forgotten."""

@@ -44,7 +44,7 @@ def needles(texts: Sequence[str], data: TokenData, parts: Sequence[np.ndarray]) 
     """Whatever of the samples ``parts`` of ``data``, whose texts are ``texts``, would give some of them away."""
     found: dict[bytes, str] = {}
     for i in np.concatenate(parts).tolist():
-        for word in re.findall(r"\w{9,}", texts[i]):  # words that nothing else has
+        for word in re.findall(r"\w{12,}", texts[i]):  # words that nothing else has
             found |= {word.encode(code): f"the word {word} of sample {i} ({code})" for code in ("utf-8", "utf-16-le")}
             found[word.encode().hex().encode()] = f"the word {word} of sample {i} in hex"
         row = np.asarray(data.tokens[data.offsets[i] : data.offsets[i + 1]], np.int64)

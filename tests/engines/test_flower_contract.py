@@ -1,6 +1,6 @@
 """The parts of Flower that Shoal's engines rely on beyond its public API: a Flower upgrade fails here, by name.
 
-After a failure: read what changed in that module, adapt fl/engine/node_link.py and retrying.py, and run the slow
+After a failure: read what changed in that module, adapt fl/engine/{node_link,objects,retrying}.py, and run the slow
 tests of tests/engines, which use a real SuperLink. Then widen the range below.
 """
 
@@ -14,6 +14,7 @@ import httpx
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.error.catalog import API_ERROR_MAP
@@ -76,6 +77,8 @@ FIELDS = {
     "message_pb2.PushObjectResponse": {"stored"},
     "message_pb2.ConfirmMessageReceivedRequest": {"node", "run_id", "message_object_id"},
     "message_pb2.ObjectTree": {"object_id", "children"},
+    "runtime_pb2.PullAppMessagesRequest": {"message_ids"},
+    "runtime_pb2.PullAppMessagesResponse": {"messages_list", "message_object_trees"},
     "run_pb2.GetRunRequest": {"node", "run_id"},
     "run_pb2.Run": {"override_config"},
 }
@@ -174,11 +177,14 @@ def test_a_key_is_looked_up_before_the_heartbeat_interval_is_checked():
         assert error.value.code == ApiErrorCode[code]
 
 
-def test_http_grid_keeps_its_client_and_its_retries_where_they_are_replaced():
-    source = inspect.getsource(found("flwr.superlink.grid.HttpGrid"))
-    assert "self._retry_invoker = " in source and "retry_invoker=self._retry_invoker" in source
-    assert "self._client: RuntimeHttpClient | None = None" in source
-    assert "self._retry_invoker" in inspect.getsource(found("flwr.supercore.protobuf.client.ProtobufClient"))
+def test_the_grid_of_a_server_has_one_client_whose_retries_can_be_replaced():
+    grid = found("flwr.superlink.grid.HttpGrid")("127.0.0.1:1", insecure=True, token="t")
+    client = grid._runtime_client
+    assert grid._runtime_client is client and isinstance(client._client, httpx.Client)
+    assert client._retry_invoker is grid._retry_invoker
+    assert grid.node.node_id == SUPERLINK_NODE_ID
+    for name in ("GetNodes", "PushMessages", "PushObject", "PullMessages", "PullObject", "ConfirmMessageReceived"):
+        assert list(inspect.signature(getattr(client, name)).parameters) == ["request"], name
 
 
 def test_a_message_has_the_same_id_each_time_and_comes_back_from_its_objects():

@@ -1,20 +1,26 @@
 """What a node tells and refuses about its data and books, and what the server remembers to have charged."""
 
 import csv
+import errno
+import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from clients.data.sources.files import Csv, Jsonl
 from clients.data.sources.tiny import Tiny
+from fl import checkpoint
 from fl.compose import compose
 from fl.engine import home
 from fl.engine.kept import HomeError, Kept
 from fl.errors import ConfigError, ShoalError
 from fl.experiment import Settings
+from fl.records import read_run
 from privacy.local_dp import LocalDP
-from tests.helpers import ENCODER
+from tests.engines.linked import Hosts
+from tests.helpers import ENCODER, go, rounds, vector
 from tests.privacy import test_dp_sgd
 from tests.privacy.test_client_level import guard_of, settings
 
@@ -205,15 +211,17 @@ def test_a_node_that_lost_a_client_s_book_does_not_spend_more():
         node.job(0, round, "content", EXAMPLES, {})
         home.check_books(node, 0, round)
     old = node.client_state(0)
-    node.job(0, 3, "content", EXAMPLES, {})
-    home.check_books(node, 0, 2)  # the last answer was not heard
+    node.job(0, 4, "content", EXAMPLES, {})  # job 3 never arrived
+    home.check_books(node, 0, 2)  # nor was this one's answer heard
+    home.check_books(node, 0, 4)
     empty, copy = guard(), guard()
     home.check_books(empty, 1, 0)
-    with pytest.raises(ShoalError, match="client 0's privacy book has 0 steps.*heard 3 answers: it was lost"):
-        home.check_books(empty, 0, 3)
-    copy.restore_client(0, {**old, "steps": 2})
-    with pytest.raises(ShoalError, match="has 2 steps.*heard 3 answers"):
-        home.check_books(copy, 0, 3)
+    with pytest.raises(ShoalError, match="client 0's privacy book ends with job 0.*answer to job 1: it was lost"):
+        home.check_books(empty, 0, 1)
+    copy.restore_client(0, old)
+    home.check_books(copy, 0, 2)
+    with pytest.raises(ShoalError, match="ends with job 2.*answer to job 4"):
+        home.check_books(copy, 0, 4)
     home.check_books(guard_of(LocalDP(), settings()), 5, 0)
 
 
@@ -233,7 +241,8 @@ def test_what_was_charged_is_on_the_disk_before_requests_leave_and_survives_a_cr
     for client, size in ((0, 100), (1, 80)):
         first.guard.mirror(client, 1, "content", size)
     first.save()
-    first.answered[1] += 1
+    for _ in range(2):  # after a resume the same job may be answered again
+        first.heard(1, 1)
     first.guard.mirror(1, 2, "content", 80)
     first.save()
     second = charges()  # after a crash: the checkpoint is that of the beginning
@@ -252,3 +261,97 @@ def test_where_nothing_is_mirrored_nothing_is_written(tmp_path):
     charges.save()
     charges.restore()
     assert not list(tmp_path.iterdir())
+
+
+# Private runs over hosts
+
+DP = ("privacy=dp_sgd", "privacy.epsilon=null", "privacy.noise_multiplier=1", "local=sgd", "schedule.rounds=3",
+      "schedule.min_clients=2", "sampling=available")  # fmt: skip
+STEPS = 2  # of a job
+
+
+def nodes_books(hosts, run: str) -> dict[int, int]:
+    """The steps in each client's book, on its node's disk."""
+    found = {}
+    for node, clients in enumerate(hosts.clients):
+        kept = Kept(hosts.folder / f"node-{node}", run)
+        found |= {c: kept.load(c)[1]["privacy"]["steps"] for c in clients if kept.holds(c)}
+    return found
+
+
+def servers_books(folder) -> dict[int, int]:
+    return {row["client"]: row["steps"] for row in read_run(folder)["privacy_statement"]["holders"]}
+
+
+def test_what_nodes_spend_is_in_the_server_s_statement_and_their_noise_is_their_own(tmp_path):
+    vectors = []
+    for name in ("first", "second"):
+        hosts = Hosts(tmp_path / name, (0, 3), (1, 2))
+        hosts.run(tmp_path / name / "run", *DP)
+        made = read_run(tmp_path / name / "run")
+        assert [r["accepted"] for r in rounds(tmp_path / name / "run")] == [4, 4, 4]
+        assert nodes_books(hosts, made["id"]) == servers_books(tmp_path / name / "run") == dict.fromkeys(range(4), 6)
+        assert "the node's own secret" in made["privacy"] and "seed" not in made["privacy"]
+        vectors.append(vector(tmp_path / name / "run"))
+    go(tmp_path / "here", *DP)
+    vectors.append(vector(tmp_path / "here"))
+    assert "run's seed" in read_run(tmp_path / "here")["privacy"]
+    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(vectors, 2))
+
+
+def test_a_node_without_its_books_spends_nothing_more(tmp_path):
+    hosts, lost = Hosts(tmp_path, (0, 3), (1, 2)), []
+
+    def lose(node, message, answer):
+        if node == 0 and message.metadata.message_type == "train" and message.metadata.group_id == "2" and not lost:
+            shutil.rmtree(tmp_path / "node-0")
+            hosts.start(0)
+            lost.append(node)
+        return answer(message)
+
+    hosts.between = lose
+    hosts.run(tmp_path / "run", *DP)
+    assert lost and [(r["accepted"], r["rejected"]) for r in rounds(tmp_path / "run")] == [
+        (4, {}), (2, {"error": 2}), (2, {"error": 2}),
+    ]  # fmt: skip
+    spent = servers_books(tmp_path / "run")
+    assert spent == dict.fromkeys(range(4), 3 * STEPS)  # what is refused there is charged here all the same
+    assert nodes_books(hosts, read_run(tmp_path / "run")["id"]) == {1: 3 * STEPS, 2: 3 * STEPS}
+
+
+def test_a_full_disk_undoes_a_job_and_the_next_one_goes_on(tmp_path, monkeypatch):
+    hosts, write, failed = Hosts(tmp_path, (0, 3), (1, 2)), checkpoint.save_file, []
+
+    def full(arrays, path, metadata):
+        if "node-0" in str(path) and len(rounds(tmp_path / "run")) == 1 and len(failed) < 1:
+            failed.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(arrays, path, metadata=metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    hosts.run(tmp_path / "run", *DP)
+    assert [(r["accepted"], r["rejected"]) for r in rounds(tmp_path / "run")] == [(4, {}), (2, {"error": 2}), (4, {})]
+    mine, theirs = servers_books(tmp_path / "run"), nodes_books(hosts, read_run(tmp_path / "run")["id"])
+    assert theirs == {0: 2 * STEPS, 3: 2 * STEPS, 1: 3 * STEPS, 2: 3 * STEPS}
+    assert mine == dict.fromkeys(range(4), 3 * STEPS)
+
+
+@pytest.mark.parametrize("moment", ["before the nodes", "after the nodes"])
+def test_a_server_that_dies_and_goes_on_has_charged_what_was_spent(moment, tmp_path):
+    hosts = Hosts(tmp_path, (0, 3), (1, 2))
+
+    def die(node, message, answer):
+        if message.metadata.message_type == "train" and message.metadata.group_id == "2":
+            if moment == "after the nodes":
+                answer(message)
+            raise KeyboardInterrupt
+        return answer(message)
+
+    hosts.between = die
+    with pytest.raises(KeyboardInterrupt):
+        hosts.run(tmp_path / "run", *DP)
+    hosts.between = lambda node, message, answer: answer(message)
+    hosts.run(tmp_path / "run", *DP, resume=True)
+    assert [r["accepted"] for r in rounds(tmp_path / "run")] == [4, 4, 4]
+    mine, theirs = servers_books(tmp_path / "run"), nodes_books(hosts, read_run(tmp_path / "run")["id"])
+    assert theirs == mine == dict.fromkeys(range(4), 3 * STEPS)  # the same request came again

@@ -27,6 +27,7 @@ class FakeRuntime:
 
     def __init__(self):
         self.heads, self.objects, self.withheld, self.confirmed, self.status = {}, {}, set(), [], {}
+        self.asked = []
         self.lock = threading.Lock()
 
     def sent(self, node: int) -> Message:
@@ -34,12 +35,13 @@ class FakeRuntime:
         made.metadata.__dict__["_message_id"] = made.object_id
         return made
 
-    def reply(self, message: Message, head: Message | None = None, **values) -> Message:
-        """A node answers ``message`` with ``values``; ``head`` is the head that it shows the SuperLink."""
+    def reply(self, message: Message, **values) -> Message:
+        """A node answers ``message`` with ``values``."""
         content = RecordDict({"c": ConfigRecord(values), "a": ArrayRecord({"a": Array(np.arange(5.0))})})
-        return self.put(Message(content, reply_to=message), head)
+        return self.put(Message(content, reply_to=message))
 
     def put(self, made: Message, head: Message | None = None) -> Message:
+        """A node sends ``made``; ``head`` is what it shows the SuperLink to be answering."""
         made.metadata.__dict__["_message_id"] = made.object_id
         proto = message_to_proto(remove_content_from_message(Message(RecordDict(), reply_to=head) if head else made))
         proto.metadata.message_id = made.object_id
@@ -59,6 +61,7 @@ class FakeRuntime:
 
     def do_pull_messages(self, body):
         asked = runtime_pb2.PullAppMessagesRequest.FromString(body).message_ids
+        self.asked += asked
         here = [self.heads.pop(i) for i in asked if i in self.heads]
         return runtime_pb2.PullAppMessagesResponse(
             messages_list=[head for head, _ in here], message_object_trees=[tree for _, tree in here]
@@ -126,6 +129,7 @@ def test_one_that_is_still_coming_holds_nobody_up_and_is_not_asked_for_twice(run
     runtime.reply(quick, x=2)
     assert list(pulled(grid, quick)) == ids[1:]
     assert grid.pull_messages(ids) == []
+    assert runtime.asked.count(ids[0]) == 1  # Flower would say that it has it no more
     runtime.withheld = set()
     assert pulled(grid, slow)[ids[0]].content["c"]["x"] == 1
 
@@ -133,7 +137,9 @@ def test_one_that_is_still_coming_holds_nobody_up_and_is_not_asked_for_twice(run
 def test_a_reply_to_another_nodes_message_is_refused(runtime, grid):
     """Its head, which the SuperLink checks, answers the node's own message; its content claims to answer another."""
     mine, victims = runtime.sent(3), runtime.sent(4)
-    runtime.reply(victims, head=mine, x=666)
+    forged = Message(RecordDict({"c": ConfigRecord({"x": 666})}), reply_to=mine)
+    forged.metadata.__dict__["_reply_to_message_id"] = victims.metadata.message_id
+    runtime.put(forged, head=mine)
     replies = pulled(grid, mine)
     refused = replies[mine.metadata.message_id]
     assert refused.error.code == ErrorCode.MESSAGE_UNAVAILABLE and "its head says" in refused.error.reason

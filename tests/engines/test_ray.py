@@ -23,7 +23,8 @@ from fl.engine.ray_workers import RayGrid, init_args, simulate
 from fl.engine.settings import Ray
 from fl.errors import ConfigError, RunStopped
 from fl.experiment import Settings
-from tests.helpers import FIXED, final, go, rounds, vector
+from fl.run import resume
+from tests.helpers import FIXED, SHARED, final, go, rounds, vector
 
 CLIENTS = 5
 
@@ -368,4 +369,26 @@ def test_the_clients_of_a_killed_worker_are_lost_for_a_round_with_the_reason(tmp
 
     before_round(monkeypatch, 2, kill)
     go(tmp_path, "engine=ray", "engine.nodes=2", *FIXED, "schedule.rounds=3")
-    assert [e["heard"] for e in rounds(tmp_path)] == [4, 2, 4]
+    assert [e["accepted"] for e in rounds(tmp_path)] == [4, 2, 4]
+    assert [e["rejected"] for e in rounds(tmp_path)] == [{}, {"error": 2}, {}]
+
+
+@pytest.mark.slow
+def test_a_run_that_ended_because_workers_die_goes_on_to_the_same_end(tmp_path, monkeypatch):
+    words = (*MOMENTUM, "local.steps=1", "schedule.rounds=4")
+
+    def kill(workers):
+        import ray
+
+        ray.kill(workers.actors[0])
+        monkeypatch.setattr(workers, "renew", lambda worker: False)
+
+    with monkeypatch.context() as patch:
+        before_round(patch, 3, kill)
+        with pytest.raises(RunStopped, match="shoal run --resume"):
+            go(tmp_path / "ray", "engine=ray", "engine.nodes=2", *FIXED, *words)
+    assert len(rounds(tmp_path / "ray")) == 2
+    resume(tmp_path / "ray", shared=SHARED, quiet=True)
+    go(tmp_path / "here", *words)
+    np.testing.assert_allclose(vector(tmp_path / "ray"), vector(tmp_path / "here"), rtol=1e-5, atol=1e-7)
+    assert payload(tmp_path / "ray") == payload(tmp_path / "here")

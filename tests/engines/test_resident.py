@@ -351,6 +351,7 @@ def test_a_run_that_is_over(link, path):
     link.trouble[path] = [403]
     serve(link)
     assert link.reply_to(after).content["c"]["n"] == 1
+    assert [request.run_id for name, request in link.seen if name == "get-run"].count(5) <= 1  # its context is dropped
 
 
 def test_contexts_are_dropped_when_their_run_is_over(link):
@@ -389,7 +390,26 @@ def test_objects_that_are_not_stored_are_pushed_again(link):
     assert link.reply_to(asked).has_content()
 
 
-def test_a_reply_that_the_superlink_never_stores_is_given_up(link, caplog):
+def test_an_object_that_is_never_stored_does_not_end_the_node(link, caplog):
+    link.send(message(x=1))
+    link.unstored = 1000
+    link.queue.append(None)
+    handed_out = link.do_pull_messages
+
+    def pull(request):
+        if link.queue[0] is None:
+            link.queue.pop(0)
+            link.unstored = 0
+            link.send(message(x=2))
+        return handed_out(request)
+
+    link.do_pull_messages, calls = pull, []
+    serve(link, counting_app(calls))
+    assert calls == [1, 2] and "a message was lost" in caplog.text
+    assert {r.metadata.reply_to_message_id for r in link.replies.values()} and link.pushed
+
+
+def test_a_reply_that_the_superlink_does_not_take_is_given_up(link, caplog):
     asked, after = link.send(message(x=1)), link.send(message(x=2))
     link.trouble["push-messages"] = [400]
     serve(link)
@@ -420,7 +440,18 @@ def test_a_key_in_use_is_waited_for(link, key_file, caplog):
     serve(link, key_file=key_file)
     assert link.reply_to(asked).has_content()
     assert [r.levelname for r in caplog.records if "is in use" in r.message] == ["WARNING"]
+    intervals = [request.heartbeat_interval for path, request in link.seen if path == "activate-node"]
+    assert intervals == [30.0, -1.0] * 3 + [30.0]
     assert not link.count("register-node") and not link.count("unregister-node")
+
+
+def test_a_superlink_that_gives_errors_for_long_is_waited_for(link, key_file, monkeypatch):
+    made = node_link.Retry
+    monkeypatch.setattr(node_link, "Retry", lambda what, patience_s, away_s, **kw: made(what, 0.0, away_s, **kw))
+    asked = link.send(message())
+    link.trouble["activate-node"] = [500, 500, None]
+    serve(link, key_file=key_file)
+    assert link.reply_to(asked).has_content()
 
 
 @pytest.mark.parametrize(
@@ -429,8 +460,9 @@ def test_a_key_in_use_is_waited_for(link, key_file, caplog):
         ("activate-node", [(412, CODES.FLEET_NODE_ACTIVATION_FAILED)] * 2, r"know the key .*key.*supernode register"),
         ("activate-node", [401], "clocks"),
         ("activate-node", [404], "HTTP 404"),
+        ("activate-node", [403], "Is it a SuperLink"),
     ],
-    ids=["unknown key", "signature", "no such page"],
+    ids=["unknown key", "signature", "no such page", "forbidden"],
 )
 def test_what_waiting_does_not_heal(link, key_file, path, answers, text):
     link.trouble[path] = list(answers)
@@ -485,6 +517,25 @@ def test_stop_ends_after_the_message_in_hand(link):
     assert link.reply_to(first).has_content()
     assert len(link.replies) == 1 and second is not None
     assert link.count("deactivate-node") == 1
+
+
+def test_stop_while_the_superlink_gives_errors(link):
+    link.trouble["activate-node"] = [500] * 1000
+    link.stop.set()
+    serve(link)
+    assert not link.seen
+    link.stop.clear()
+    link.trouble["register-node"] = [None]
+    link.do_register_node = lambda request: link.stop.set()
+    serve(link)
+    assert not link.count("pull-messages") and not link.count("deactivate-node")
+
+
+def test_leaving_is_tried_again_when_the_database_is_locked(link, caplog):
+    link.trouble["deactivate-node"] = [500, 500]
+    serve(link)
+    assert link.count("deactivate-node") == 3 and link.count("unregister-node") == 1
+    assert "without a word" not in caplog.text
 
 
 def test_leaving_while_the_superlink_is_away_does_not_wait(link, caplog):

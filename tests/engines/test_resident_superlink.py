@@ -76,6 +76,7 @@ def main(grid, context):
 """
 NODE = """
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -92,6 +93,8 @@ app = ClientApp()
 def echo(message, context):
     calls = context.state.setdefault("calls", ConfigRecord({"n": 0}))
     calls["n"] += 1
+    if context.run_config["word"] == "die" and calls["n"] == 3:
+        os._exit(9)
     said = {"number": message.content["c"]["number"], "calls": calls["n"], "word": context.run_config["word"]}
     return Message(RecordDict({"c": ConfigRecord(said)}), reply_to=message)
 
@@ -160,7 +163,7 @@ class Programs:
             assert time.monotonic() < until, done.stdout + done.stderr
             time.sleep(1)
 
-    def run(self, rounds: int) -> Path:
+    def run(self, rounds: int, word: str = "hello") -> Path:
         """Start a run of ``rounds`` echoes; returns the file of its answers."""
         app = self.folder / "app" / "echo"
         app.mkdir(parents=True)
@@ -168,7 +171,7 @@ class Programs:
         (app / "__init__.py").touch()
         (app / "server_app.py").write_text(SERVER)
         out = self.folder / "answers.json"
-        self.flwr("run", str(app.parent), "here", "-c", f'out="{out}" rounds={rounds} word="hello"')
+        self.flwr("run", str(app.parent), "here", "-c", f'out="{out}" rounds={rounds} word="{word}"')
         return out
 
     def log(self, name: str) -> str:
@@ -253,6 +256,17 @@ def test_the_superlink_is_killed_and_comes_back(programs):
     assert len(errors) <= 1, errors  # the one that was on its way, at most
     assert answers[-1][2]["calls"] >= 29
     assert "answers again" in programs.log("node")
+
+
+def test_a_node_that_dies_with_a_message_in_its_hands(programs):
+    """The SuperLink reports it when two heartbeats are missing."""
+    programs.superlink()
+    node = programs.node()
+    answers = programs.answers(programs.run(rounds=3, word="die"), 3)
+    assert node.wait(5) == 9
+    assert [said["number"] for _, _, said in answers[:2]] == [0, 1]
+    assert isinstance(answers[2][2], str) and "unavailable" in answers[2][2].lower()
+    assert 10 < answers[2][1] < 90
 
 
 def test_a_superlink_that_has_forgotten_everything(programs):

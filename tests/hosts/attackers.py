@@ -134,14 +134,14 @@ class Touch:
 def contents(resolved, out):
     note = Note("0" * 32, digest(resolved), 2, 6, ["a", "b"]).plain()
     header = {"clients": [0], "ids": ["c1"], "groups": [""], "join": True, "note": note}
-    request = TrainRequest(0, 1, 0, "layout", np.zeros(3, np.float32)).to_record()
+    request = TrainRequest(0, 1, 0, np.zeros(3, np.float32), "layout").to_record()
     whole = pack([request], header, join=True)
     short = {"index": whole["cohort"]["index"], "blob": array(whole["cohort"]["blob"].data[:-3])}
-    lying = TrainRequest(0, 1, 0, "layout", np.zeros(3, np.float32)).to_record()
-    lying["state"] = ArrayRecord({"vector": Array("float32", (10**12,), "shoal.f32", bytes(4))})
+    lying = TrainRequest(0, 1, 0, np.zeros(3, np.float32), "layout").to_record()
+    lying["state"] = ArrayRecord({"vector": Array("float32", (10**9,), "shoal.f32", bytes(4))})
     pickled = pickle.dumps(np.array([Touch(out + ".canary")], dtype=object))
     outside = Array("object", (1,), "numpy.ndarray", pickled)
-    canary = TrainRequest(0, 1, 0, "layout", np.zeros(3, np.float32)).to_record()
+    canary = TrainRequest(0, 1, 0, np.zeros(3, np.float32), "layout").to_record()
     canary["state"] = ArrayRecord({"vector": Array("object", (1,), "numpy.ndarray", pickled)})
     yield "too large", "train", RecordDict({"x": ConfigRecord({"b": bytes(3 * 2**20)})})
     yield "no cohort", "train", RecordDict({"x": ConfigRecord({"a": 1})})

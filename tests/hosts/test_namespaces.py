@@ -8,7 +8,7 @@ import pytest
 from tests.hosts.namespaces import Hosts, missing
 from tests.hosts.processes import SERVER
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+pytestmark = [pytest.mark.hosts, pytest.mark.skipif(bool(missing()), reason=missing())]
 LISTEN = """
 import socket, sys
 with socket.create_server((sys.argv[1], 7000)) as server:

@@ -1,5 +1,6 @@
 """Three hosts, TLS and keys: a node dies in the middle of a round and comes back, a link is cut and healed."""
 
+import time
 from collections import Counter
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from tests.hosts.namespaces import Hosts, missing
 from tests.hosts.processes import Scene
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 ROUNDS = 16
 LOST = {"late", "error"}
 
@@ -30,10 +31,12 @@ def test_a_run_ends_with_its_losses_listed(tmp_path):
             "local.steps=60",
         )
         scene.wait_round(1, run, 180)
+        time.sleep(1)  # the next round has begun
         hosts.kill(first)
         killed_in = len(scene.events("round")) + 1
         scene.node("node-0", "0-1", host="one", log="node-0-again")
         scene.wait_round(killed_in, run)
+        time.sleep(1)
         hosts.cut("two")
         cut_in = len(scene.events("round")) + 1
         scene.wait_round(cut_in, run)

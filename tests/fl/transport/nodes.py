@@ -110,15 +110,13 @@ def message(said: TrainReply | Error, answered: str) -> Message:
     return make_message(metadata, error=said) if isinstance(said, Error) else make_message(metadata, said.to_record())
 
 
-def direct_world(parts: Sequence[PeerRounds], topology: Topology, number: int, book=None, schedule=None, **more: Any):
+def direct_world(parts: Sequence[PeerRounds], topology: Topology, number: int, book=None, **more: Any):
     """A world whose peers live at ``parts``; ``book`` (client -> address), or none that matters."""
     space = parts[0].space
-    more = {"local": LocalTraining(steps=1, lr=LR), "aggregator": parts[0].rule, "size": D, "space": space} | more
-    w = world(gradient_step, number, **more)
-    lose = more.get("lose")
-    w.grid = Nodes(parts) if lose is None else Nodes(parts, lose)
-    expects = (schedule or DPSGD()).expects
-    w.validator = Validator(space.layout.hash, 0, 1e4, 10**6, arrays=expects)
+    more = {"local": LocalTraining(steps=1, lr=LR), "aggregator": parts[0].rule, "space": space} | more
+    w = world(gradient_step, number, size=space.layout.size, **more)
+    w.grid = Nodes(parts)
+    w.validator = Validator(space.layout.hash, 0, 1e4, 10**6, arrays=DPSGD().expects)
     w.peers = Peers.of(w.server, topology, 3, number, frozenset())
     w.direct, w.book = True, lambda: book or dict.fromkeys(range(number), ("127.0.0.1", 1, "here"))
     return w
