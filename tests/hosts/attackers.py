@@ -104,6 +104,7 @@ resume = false
 EVIL = """
 import json
 import pickle
+import re
 import time
 from pathlib import Path
 
@@ -131,34 +132,41 @@ class Touch:
         return (Path.touch, (Path(self.path),))
 
 
-def contents(resolved, out):
+def contents(resolved, out, answers):
     note = Note("0" * 32, digest(resolved), 2, 6, ["a", "b"]).plain()
     header = {"clients": [0], "ids": ["c1"], "groups": [""], "join": True, "note": note}
-    request = TrainRequest(0, 1, 0, np.zeros(3, np.float32), "layout").to_record()
-    whole = pack([request], header, join=True)
+
+    def request(client=0, layout="layout", state=None):
+        made = TrainRequest(client, 1, 0, np.zeros(3, np.float32), layout).to_record()
+        if state is not None:
+            made["state"] = ArrayRecord({"vector": state})
+        return made
+
+    def one(made, **changed):
+        return pack([made], {**header, **changed}, join=True)
+
+    whole = one(request())
     short = {"index": whole["cohort"]["index"], "blob": array(whole["cohort"]["blob"].data[:-3])}
-    lying = TrainRequest(0, 1, 0, np.zeros(3, np.float32), "layout").to_record()
-    lying["state"] = ArrayRecord({"vector": Array("float32", (10**9,), "shoal.f32", bytes(4))})
-    pickled = pickle.dumps(np.array([Touch(out + ".canary")], dtype=object))
-    outside = Array("object", (1,), "numpy.ndarray", pickled)
-    canary = TrainRequest(0, 1, 0, np.zeros(3, np.float32), "layout").to_record()
-    canary["state"] = ArrayRecord({"vector": Array("object", (1,), "numpy.ndarray", pickled)})
+    pickled = Array("object", (1,), "numpy.ndarray", pickle.dumps(np.array([Touch(out + ".canary")], dtype=object)))
     yield "too large", "train", RecordDict({"x": ConfigRecord({"b": bytes(3 * 2**20)})})
-    yield "no cohort", "train", RecordDict({"x": ConfigRecord({"a": 1})})
-    yield "no JSON", "train", RecordDict({"cohort": ArrayRecord({"index": array(b"{")})})
-    yield "too short", "train", RecordDict({"cohort": ArrayRecord(short)})
-    yield "no note", "train", pack([request], {k: v for k, v in header.items() if k != "note"}, join=True)
-    yield "other version", "train", pack([request], {**header, "note": {**note, "protocol": 99}}, join=True)
-    yield "other settings", "train", pack([request], {**header, "note": {**note, "digest": "0" * 32}}, join=True)
-    yield "path as run", "train", pack([request], {**header, "note": {**note, "run": "../../x"}}, join=True)
-    yield "more clients than contents", "train", pack([], header, join=True)
-    yield "client of nobody", "train", pack([request], {**header, "clients": [99]}, join=True)
-    yield "too few numbers", "train", whole
-    yield "shape lies", "train", pack([lying], header, join=True)
-    yield "pickle", "train", pack([canary], header, join=True)
-    yield "pickle outside", "train", RecordDict({"cohort": ArrayRecord({"index": outside})})
     yield "unknown type", "query.shell", RecordDict({"x": ConfigRecord({"a": 1})})
     yield "hello without note", "query.hello", RecordDict({"x": ConfigRecord({"a": 1})})
+    yield "no cohort", "train", RecordDict({"x": ConfigRecord({"a": 1})})
+    yield "no JSON", "train", RecordDict({"cohort": ArrayRecord({"index": array(b"{")})})
+    yield "pickled index", "train", RecordDict({"cohort": ArrayRecord({"index": pickled})})
+    yield "too short", "train", RecordDict({"cohort": ArrayRecord(short)})
+    yield "more clients than contents", "train", pack([], header, join=True)
+    yield "no note", "train", pack([request()], {k: v for k, v in header.items() if k != "note"}, join=True)
+    yield "other version", "train", one(request(), note={**note, "protocol": 99})
+    yield "other settings", "train", one(request(), note={**note, "digest": "0" * 32})
+    yield "path as run", "train", one(request(), note={**note, "run": "../../x"})
+    yield "other layout", "train", whole
+    layout = re.search("has layout ([0-9a-f]+)", answers["other layout"][0])[1]
+    yield "too few numbers", "train", one(request(layout=layout))
+    yield "shape lies", "train", one(request(layout=layout, state=Array("float32", (10**9,), "shoal.f32", bytes(4))))
+    yield "pickled state", "train", one(request(layout=layout, state=pickled))
+    yield "client of another node", "train", one(request(5, layout), clients=[5])
+    yield "client of nobody", "train", one(request(99, layout), clients=[99])
 
 
 def said(reply):
@@ -174,7 +182,7 @@ def said(reply):
 def main(grid, context):
     resolved, out, _ = carried(context.run_config)
     answers = {}
-    for name, kind, content in contents(resolved, out):
+    for name, kind, content in contents(resolved, out, answers):
         for node in sorted(grid.get_node_ids()):
             wanted = set(grid.push_messages([Message(content, node, kind, ttl=120)]))
             end = time.monotonic() + 60
