@@ -3,7 +3,7 @@
     python -m benchmarks.engines                             # 4, 16 and 64 clients; stock nodes with 4 and 16
     python -m benchmarks.engines --clients 4 --stock-clients 4 --model minilm --out engines.json
 
-Every engine runs the same experiment as a program of its own (`shoal run`), all clients every round, one step of 8
+Every engine runs the same experiment as a program of its own (`shoal run`), all clients every round, one step of 2
 samples each, float32 on one thread, nothing evaluated between rounds:
 
 * ``in process``: one process;
@@ -47,7 +47,8 @@ from fl.records import read_events
 ROOT = Path(__file__).parents[1]
 SHOAL = [sys.executable, "-m", "fl.cli"]
 WORDS = (
-    "data=tiny", "partition=iid", "data.client_test_fraction=0", "local.steps=1", "local.batch_size=8", "report=false",
+    "data=tiny", "partition=iid", "partition.min_size=1", "data.client_test_fraction=0", "local.steps=1",
+    "local.batch_size=2", "report=false",
     "evaluation.every=1000", "engine.device=cpu", "engine.dtype=float32", "engine.attention=sdpa",
     "engine.cohort_size=8", "engine.workers=1", "engine.threads=1",
 )  # fmt: skip

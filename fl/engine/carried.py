@@ -16,11 +16,14 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from fl.compose import RUN_DIR, compose
+from fl.compose import RUN_DIR, compose, flat
 from fl.errors import ConfigError, ShoalError
 
+# Whose classes a node runs for a server.
+OURS = ("fl", "clients", "aggregators", "privacy")
 # Raised when messages, their headers or a node's state change in a way that another version would misread.
 PROTOCOL = 1
 
@@ -114,3 +117,32 @@ def check_note(found: Mapping[str, Any], resolved: Mapping[str, Any]) -> Note:
         raise ShoalError(f"a message of run {run} has a note that can't be read")
     counts = {str(client): int(count) for client, count in answered.items()}
     return Note(run, name, nodes, int(found.get("clients", 0)), [str(label) for label in labels], counts)
+
+
+def check_foreign(resolved: Mapping[str, Any], packages: Sequence[str], folders: Sequence[Path]) -> None:
+    """Refuse ``resolved`` settings of somebody else that name code or files which are not theirs to use here.
+
+    A class (``_target_``) must be of one of ``packages``, which are importable here; a text that names a file or folder
+    of this machine must name one in ``folders``. Raises `ConfigError`.
+    """
+    for key, value in flat(resolved).items():
+        for text in value if isinstance(value, list) else [value]:
+            if not isinstance(text, str):
+                continue
+            if key.endswith("_target_") and text.partition(".")[0] not in packages:
+                allowed = f"a class of {', '.join(packages)}: this node runs no other code for a server"
+                raise ConfigError(key, text, allowed, "Start it with `shoal node --allow PACKAGE`.")
+            if _exists(text) and not any(_inside(text, folder) for folder in folders):
+                allowed = f"a file in {', '.join(map(str, folders))}: this node reads no others for a server"
+                raise ConfigError(key, text, allowed, "Start it with `shoal node --files FOLDER`.")
+
+
+def _exists(text: str) -> bool:
+    try:
+        return bool(text) and Path(text).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
+def _inside(text: str, folder: Path) -> bool:
+    return Path(text).expanduser().resolve().is_relative_to(folder.resolve())

@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 import queue
+import socket
 import sys
 import threading
 import time
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 App = Callable[[Message, Context], Message]
 START_S = 120.0  # how long a worker may take to start
+HEAD_S = 10.0  # how long a standing head may take to answer
 POLL_S = 0.02
 DEATHS = 2  # a worker that dies so often without an answer in between ends the run
 # Of the processes that Ray starts. Its own defaults send statistics home and hide GPUs from workers that ask for none.
@@ -85,6 +87,16 @@ def require() -> None:
         raise ConfigError("engine", "ray", "Ray is not installed here", way_out)
 
 
+def check_head(address: str) -> None:
+    """Raises `ConfigError` where nothing listens at ``address``; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), HEAD_S).close()
+    except (OSError, ValueError) as error:
+        allowed = f"HOST:PORT of a running Ray head ({_line(error)})"
+        raise ConfigError("engine.ray_address", address, allowed, "Start one: ray start --head.") from error
+
+
 class Workers:
     """Flower's Ray actors, started on this machine or on the cluster at ``engine.ray_address``. Close them."""
 
@@ -101,13 +113,12 @@ class Workers:
         import ray
 
         logging.getLogger("ray").setLevel(logging.CRITICAL)
+        if self.settings.ray_address is not None:
+            check_head(self.settings.ray_address)
         try:
             ray.init(**init_args(self.settings, self.most))
         except (ConnectionError, RuntimeError, ValueError) as error:
-            if self.settings.ray_address is None:
-                raise ShoalError(f"Ray did not start: {_line(error)}") from error
-            way_out = f"Start one there with `ray start --head`. Ray says: {_line(error)}"
-            raise ConfigError("engine.ray_address", self.settings.ray_address, "a Ray head", way_out) from error
+            raise ShoalError(f"Ray did not start: {_line(error)}") from error
         try:
             self.actors = [self._new() for _ in range(self._number())]
             ray.get([actor.__ray_ready__.remote() for actor in self.actors], timeout=START_S)

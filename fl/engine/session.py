@@ -23,7 +23,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fl.engine import home
-from fl.engine.carried import PROTOCOL, Note, carried, check_note, version
+from fl.engine.carried import OURS, PROTOCOL, Note, carried, check_foreign, check_note, version
 from fl.engine.cohort_grid import client_of, cohort_app
 from fl.engine.kept import Kept, forget, secret
 from fl.engine.settings import SuperLink
@@ -45,7 +45,8 @@ class Place:
     ``clients`` None: those whose number leaves the remainder ``partition-id`` when divided by ``num-partitions`` (the
     node config of Flower's own tutorials). ``data`` are files of the clients' own samples, one a client in the order of
     ``clients``; ``engine`` replaces ``engine.*`` settings (device, threads ...); ``transport`` listens for other nodes'
-    peers. ``own`` says whether noise is keyed by a secret of this place.
+    peers. Of code and files that a server's settings name, those of ``packages`` and in ``files`` are used, and no
+    others. ``own`` says whether noise is keyed by a secret of this place.
     """
 
     folder: Path
@@ -53,19 +54,31 @@ class Place:
     data: tuple[Path, ...] = ()
     engine: Mapping[str, Any] = field(default_factory=dict)
     transport: Sockets | None = None
+    packages: tuple[str, ...] = OURS
+    files: tuple[Path, ...] = (Path("."),)
     own: bool = True
 
     @classmethod
     def of_node(cls, config: Mapping[str, Any]) -> Place:
         """The place that a stock SuperNode's ``--node-config`` describes: ``clients="0-3,6"`` or partition-id and
-        num-partitions, ``state``, ``data`` (files, separated by ``:``), ``device``. Raises `ShoalError`."""
+        num-partitions, ``state``, ``data``, ``files`` and ``allow`` (separated by ``:``), ``device``. Raises `ShoalError`.
+        """
         from fl.hosts.clients import parse_clients
 
         chosen, number = str(config.get("clients", "")), config.get("partition-id", 0)
         folder = Path(str(config.get("state", "") or Path(".shoal") / f"node-{number}"))
-        files = tuple(Path(part) for part in str(config.get("data", "")).split(os.pathsep) if part)
-        engine = {name: config[name] for name in ("device", "threads", "cohort_size") if name in config}
-        return cls(folder, parse_clients(chosen) if chosen else None, files, engine)
+
+        def parts(name: str, default: str = "") -> list[str]:
+            return [part for part in str(config.get(name, default)).split(os.pathsep) if part]
+
+        return cls(
+            folder,
+            parse_clients(chosen) if chosen else None,
+            tuple(Path(part) for part in parts("data")),
+            {name: config[name] for name in ("device", "threads", "cohort_size") if name in config},
+            packages=(*OURS, *parts("allow")),
+            files=tuple(Path(part) for part in parts("files", ".")),
+        )
 
     def hosts(self, config: Mapping[str, Any], number: int) -> tuple[int, ...]:
         """The clients of ``number`` that live here. Raises `ShoalError`."""
@@ -174,7 +187,10 @@ class Session:
         """The run's settings, read and checked once."""
         if context.run_id not in self._configs:
             resolved = dict(self.resolved) if self.resolved is not None else carried(context.run_config)[0]
-            settings = Settings.of(home.localised(resolved, self._placed(context).data))
+            place = self._placed(context)
+            if self.resolved is None:
+                check_foreign(resolved, place.packages, place.files)
+            settings = Settings.of(home.localised(resolved, place.data))
             if isinstance(settings.engine, SuperLink):
                 home.check_hosts(settings, self.resident)
             self._configs[context.run_id] = resolved, settings

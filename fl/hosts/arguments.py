@@ -62,6 +62,14 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     node.add_argument("--device", help="in place of the experiment's engine.device, such as cuda")
     node.add_argument("--threads", type=int, metavar="N", help="in place of the experiment's engine.threads")
     node.add_argument("--listen", metavar="HOST:PORT", help="where other nodes reach this one (engine.peers=direct)")
+    node.add_argument(
+        "--files", type=Path, nargs="+", default=[Path(".")], metavar="DIR",
+        help="folders whose files an experiment's settings may name (default: the working folder)",
+    )  # fmt: skip
+    node.add_argument(
+        "--allow", nargs="+", default=[], metavar="PACKAGE",
+        help="packages, beside Shoal's, whose classes an experiment's settings may name",
+    )  # fmt: skip
     node.add_argument("--max-message-mb", type=int, default=2048, metavar="N", help="largest message (default: 2048)")
     node.add_argument("--stock", action="store_true", help="run Flower's flower-supernode")
     _add_common(node)

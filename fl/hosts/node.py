@@ -70,9 +70,12 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
     for name in ("device", "threads"):
         if getattr(options, name) is not None:
             config[name] = getattr(options, name)
-    for path in (config["state"], *config.get("data", "").split(":")):
+    config["files"] = ":".join(str(path.absolute()) for path in options.files)
+    if options.allow:
+        config["allow"] = ":".join(options.allow)
+    for path in (config["state"], *config["files"].split(":"), *config.get("data", "").split(":")):
         if set(path) & set(SEPARATORS):
-            raise ConfigError("--state or --data", path, "a path without quotes, backslashes and colons")
+            raise ConfigError("--state, --files or --data", path, "a path without quotes, backslashes and colons")
     if options.max_message_mb < 1:
         raise ConfigError("--max-message-mb", options.max_message_mb, "1 or more")
     if options.listen is not None:
@@ -124,6 +127,7 @@ def _listening(options: argparse.Namespace) -> Any:
 
 
 def _resident(options: argparse.Namespace, config: dict[str, Any]) -> int:
+    from fl.engine.carried import OURS
     from fl.engine.flower import quiet_flower
     from fl.engine.resident import Pace, serve_node, until_signal
     from fl.engine.session import Place, Session
@@ -138,6 +142,8 @@ def _resident(options: argparse.Namespace, config: dict[str, Any]) -> int:
         data=tuple(path.absolute() for path in options.data or ()),
         engine={name: config[name] for name in ("device", "threads") if name in config},
         transport=_listening(options),
+        packages=(*OURS, *options.allow),
+        files=tuple(path.absolute() for path in options.files),
     )
     stop, pace = until_signal(), Pace()
     session = Session(place, paced=pace.nodes)

@@ -207,9 +207,10 @@ class World:
         """The Flower message that carries ``request`` to its client."""
         if self.apart and isinstance(request, TrainRequest):
             self.guard.mirror(request.client, request.round, _fingerprint(request), self.sizes[request.client])
-        return Message(
-            request.to_record(), self.nodes[request.client], MESSAGE_TYPE[request.kind], group_id=str(request.round)
-        )
+        # What nobody waits for any more shall not be worked on by a node that comes back.
+        ttl = None if self.wall is None else self.wall.network.timeout_s
+        node, kind = self.nodes[request.client], MESSAGE_TYPE[request.kind]
+        return Message(request.to_record(), node, kind, ttl=ttl, group_id=str(request.round))
 
     def doubt(self, client: int, reply: Message) -> None:
         """Take ``client`` for one that holds nothing if ``reply`` is an error: where it trains, it may have lost it."""

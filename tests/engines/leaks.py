@@ -93,15 +93,17 @@ def _stream(unpack, content: bytes) -> bytes:
 
 
 def leaks(payloads: Iterable[bytes], wanted: Mapping[bytes, str]) -> list[str]:
-    """What of ``wanted`` is in ``payloads``. All needles of one length are looked up at once."""
-    by_start: dict[bytes, list[bytes]] = {}
+    """What of ``wanted`` is in ``payloads``: all needles at once, looked up by how they begin."""
+    beginnings: dict[int, dict[bytes, list[bytes]]] = {}
     for needle in wanted:
-        by_start.setdefault(needle[:6], []).append(needle)
+        size = next(n for n in (48, 24, 12, 8) if len(needle) >= n)
+        beginnings.setdefault(size, {}).setdefault(needle[:size], []).append(needle)
     found = set()
     for payload in payloads:
         for content in layers(payload):
-            for at in range(len(content) - 5):
-                for needle in by_start.get(content[at : at + 6], ()):
-                    if content.startswith(needle, at):
-                        found.add(wanted[needle])
+            for size, begun in beginnings.items():
+                for at in range(len(content) - size + 1):
+                    for needle in begun.get(content[at : at + size], ()):
+                        if content.startswith(needle, at):
+                            found.add(wanted[needle])
     return sorted(found)

@@ -58,7 +58,9 @@ class Hosts:
 
         grid = Grid(self, len(self.clients), copy="wire", run_config=carry(resolved, str(folder), words, resume))
         record = RunFolder(folder, resume=resume)
-        return go(Settings.of(resolved), resolved, None if resume else list(words), record, resume, quiet=True, grid=grid)
+        return go(
+            Settings.of(resolved), resolved, None if resume else list(words), record, resume, quiet=True, grid=grid
+        )
 
 
 GONE = ErrorCode.NODE_UNAVAILABLE

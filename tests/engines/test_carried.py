@@ -1,12 +1,13 @@
 """Settings and notes that cross hosts: what is sent is what arrives, and what does not fit is refused by name."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from fl.compose import compose
 from fl.engine import carried as module
-from fl.engine.carried import PROTOCOL, Note, carried, carry, check_note, digest, version
+from fl.engine.carried import OURS, PROTOCOL, Note, carried, carry, check_foreign, check_note, digest, version
 from fl.errors import ConfigError, ShoalError
 from tests.helpers import ENCODER
 
@@ -73,6 +74,33 @@ def test_the_version_is_the_installed_one(monkeypatch):
 
     monkeypatch.setattr(module.importlib.metadata, "version", missing)
     assert version() == "unknown"
+
+
+def test_a_server_names_no_code_and_no_files_but_those_a_node_allows(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        (folder / "mine.csv").write_text("text,label")
+    (here / "link.csv").symlink_to(there / "mine.csv")
+    monkeypatch.chdir(here)
+    resolved = compose(WORDS)[0]
+
+    def check(packages=OURS, **data):
+        changed = {**resolved, "data": {**resolved["data"], **data}}
+        check_foreign(changed, packages, [Path(".")])
+
+    check()
+    check(path="mine.csv")
+    check(path=str(here / "mine.csv"))
+    check(path=str(there / "none.csv"))
+    for path in ("../there/mine.csv", str(there / "mine.csv"), "link.csv", "/", "~"):
+        with pytest.raises(ConfigError, match=r"^data\.path=.*--files"):
+            check(path=path)
+    with pytest.raises(ConfigError, match=r"^data\.text="):
+        check(text=["text", str(there / "mine.csv")])
+    with pytest.raises(ConfigError, match=r"^data\._target_='os\.x'.*--allow"):
+        check(_target_="os.x")
+    check(_target_="mine.Data", packages=(*OURS, "mine"))
 
 
 @pytest.mark.parametrize(

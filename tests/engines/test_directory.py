@@ -105,8 +105,8 @@ def test_it_waits_for_all_clients_and_says_who_is_missing():
 
 def test_what_is_about_to_leave_is_charged_first():
     class Charges:
-        answered = {0: 2}
-        saved = 0
+        def __init__(self):
+            self.answered, self.saved = {0: 2}, 0
 
         def save(self):
             self.saved += 1

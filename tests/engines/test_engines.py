@@ -16,6 +16,11 @@ WORDS = ("data.public=20", "schedule.rounds=2", "clients.number=4")
 NODES = {"node-0": "0,3", "node-1": "1-2"}
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     """Both experiments in this process."""
@@ -28,10 +33,8 @@ def here(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
     """A SuperLink with TLS and keys."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     with Loopback() as hosts:
-        made = Scene(hosts, tmp_path_factory.mktemp("scene"), list(NODES), port)
+        made = Scene(hosts, tmp_path_factory.mktemp("scene"), list(NODES), free_port())
         made.server()
         yield made
 
@@ -90,5 +93,23 @@ def test_schedules_without_rounds(schedule, killed, scene):
     assert killed or all(e["accepted"] for e in arrivals)
     assert {e["reason"] for e in arrivals} <= {None, "error"}
     for node in (first, second):
+        node.terminate()
+        node.wait(30)
+
+
+def test_peers_send_models_through_the_server_or_to_each_other(scene, tmp_path):
+    """The same graph, the same adapter: mixed by the server, or by the nodes over TLS with the nodes' own keys."""
+    words = ("schedule=dpsgd", "topology=ring", "schedule.rounds=2", "clients.number=4")
+    go(tmp_path / "here", *words)
+    nodes = [
+        scene.node(name, clients, "--listen", f"127.0.0.1:{free_port()}", log=f"peers-{name}")
+        for name, clients in NODES.items()
+    ]
+    for way in ("relay", "direct"):
+        run = scene.run(*words, f"engine.peers={way}", "schedule.deadline_s=60", name=f"peers-{way}")
+        assert scene.wait_end(run, 300) == 0, scene.tails()
+        found = scene.folder / SERVER / f"peers-{way}"
+        np.testing.assert_allclose(vector(found), vector(tmp_path / "here"), rtol=1e-5, atol=1e-7)
+    for node in nodes:
         node.terminate()
         node.wait(30)

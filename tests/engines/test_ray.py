@@ -172,6 +172,12 @@ def test_a_standing_head_keeps_its_own_resources():
     assert "num_cpus" not in args and "include_dashboard" not in args
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "auto"])
+def test_an_address_without_ray_is_refused_at_once(address):
+    with pytest.raises(ConfigError, match=r"engine\.ray_address.*HOST:PORT.*ray start --head"):
+        simulate(Ray(ray_address=address), lambda grid: None, cohort_app(train), CLIENTS)
+
+
 def test_without_ray_there_is_one_error_with_the_way_out(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"engine='ray'.*pip install 'shoal-fl\[ray\]'"):

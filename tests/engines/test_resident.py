@@ -397,7 +397,7 @@ def test_an_object_that_is_never_stored_does_not_end_the_node(link, caplog):
     handed_out = link.do_pull_messages
 
     def pull(request):
-        if link.queue[0] is None:
+        if link.queue and link.queue[0] is None:
             link.queue.pop(0)
             link.unstored = 0
             link.send(message(x=2))

@@ -45,7 +45,13 @@ def test_a_node_that_starts_anew_in_every_message_goes_on_from_its_disk(tmp_path
 
 def test_a_reply_that_is_lost_is_made_again_from_the_same_memory(tmp_path):
     """The node did the work, remembered it, and died before its reply left; the same job comes again after a resume."""
-    words = ("local=client_momentum", "local.steps=1", "schedule.rounds=3", "schedule.min_clients=4", "checkpoint_every=1")
+    words = (
+        "local=client_momentum",
+        "local.steps=1",
+        "schedule.rounds=3",
+        "schedule.min_clients=4",
+        "checkpoint_every=1",
+    )
     go(tmp_path / "here", *words)
     hosts = Hosts(tmp_path, (0, 3), (1, 2))
     seen = []

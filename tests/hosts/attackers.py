@@ -137,7 +137,7 @@ def contents(resolved, out, answers):
     header = {"clients": [0], "ids": ["c1"], "groups": [""], "join": True, "note": note}
 
     def request(client=0, layout="layout", state=None):
-        made = TrainRequest(client, 1, 0, np.zeros(3, np.float32), layout).to_record()
+        made = TrainRequest(client, 1, 0, np.zeros(3, np.float32), layout, {"lr": 0.1}).to_record()
         if state is not None:
             made["state"] = ArrayRecord({"vector": state})
         return made

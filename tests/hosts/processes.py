@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,11 @@ from tests.helpers import ENCODER
 SHOAL = [sys.executable, "-m", "fl.cli"]
 SERVER = "server"
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
 
 
 class Loopback:
@@ -79,8 +85,9 @@ class Scene:
         """Start the server, and wait until it lets the nodes in."""
         host = self.hosts.addresses[SERVER]
         words = ["server", "--host", host, "--port", str(self.port), "--keys", str(self.keys), *options]
+        before = self.log(SERVER).count("SuperLink is up")
         process = self._start(SERVER, SERVER, words)
-        self.wait(lambda: "SuperLink is up" in self.log(SERVER), 120, "the server is up", process)
+        self.wait(lambda: self.log(SERVER).count("SuperLink is up") > before, 120, "the server is up", process)
         return process
 
     def node(self, name: str, clients: str, *options: str, host: str = SERVER, to: str = "", log: str = "") -> Any:
@@ -92,6 +99,10 @@ class Scene:
         engine = ["engine=superlink", f"engine.address={self.address}"]
         engine += [f"engine.root_certificates={self.keys / 'ca.crt'}", f"hydra.run.dir={self.folder / SERVER / name}"]
         return self._start(SERVER, name, ["run", *ENCODER, *engine, *settings])
+
+    def resume(self, name: str = "run") -> subprocess.Popen:
+        """Start `shoal run --resume`."""
+        return self._start(SERVER, f"{name}-resumed", ["run", "--resume", str(self.folder / SERVER / name)])
 
     def log(self, name: str) -> str:
         path = self.folder / f"{name}.log"

@@ -22,16 +22,11 @@ from fl.engine.carried import carry
 from fl.hosts.keys import add_node, make_keys
 from tests.helpers import ENCODER
 from tests.hosts.attackers import EVIL, EVIL_PROJECT, LIAR
-from tests.hosts.processes import QUIET, SERVER, SHOAL, Loopback, Scene
+from tests.hosts.processes import QUIET, SERVER, SHOAL, Loopback, Scene, free_port
 from tests.hosts.proxy import Proxy
 
 pytestmark = pytest.mark.slow
 RUN = ("clients.number=6", "schedule.deadline_s=30", "schedule.min_clients=1", "network.rejoin_s=1")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -184,6 +184,7 @@ EVENTS = st.lists(
 
 
 @given(EVENTS, st.sampled_from([None, 5, 9]))
+@example([("send", 0, 0), ("again", 0, 1), ("late", 0, 0), ("late", 1, 0), ("late", 0, 0)], None)  # a, b, and a again
 @hypothesis_settings(max_examples=300, deadline=None)
 def test_the_server_never_counts_less_than_a_client_has_spent(events, limit):
     """Requests are repeated with the same or other content, lost, overtaken and delivered twice; nodes start again."""
