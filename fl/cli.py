@@ -101,7 +101,9 @@ def _run(options: argparse.Namespace) -> int:
         outcome = runs.resume(options.resume, quiet=options.quiet, console=console)
     else:
         outcome = runs.run(options.settings, quiet=options.quiet, console=console)
-    if not options.quiet:
+    if not options.quiet and not (outcome.folder / "run.json").is_file():
+        print(f"Folder   {outcome.folder}, where `shoal server` runs")  # engine=superlink on another machine
+    elif not options.quiet:
         from fl.report.load import load_run
         from fl.report.tables import final_table
 

@@ -61,7 +61,7 @@ class Place:
     @classmethod
     def of_node(cls, config: Mapping[str, Any]) -> Place:
         """The place that a stock SuperNode's ``--node-config`` describes: ``clients="0-3,6"`` or partition-id and
-        num-partitions, ``state``, ``data``, ``files`` and ``allow`` (separated by ``:``), ``device``. Raises `ShoalError`.
+        num-partitions, ``state``, ``data``, ``files``, ``allow`` (separated by ``:``), ``device``. Raises `ShoalError`.
         """
         from fl.hosts.clients import parse_clients
 

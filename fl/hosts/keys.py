@@ -71,7 +71,7 @@ def add_node(folder: Path, name: str, days: int = 365) -> None:
     authority, issuer = _load_authority(folder)
     _check_nodes("--add-node", [name], certificates.names_of(folder / SERVER))
     _check_days(days)
-    taken = [path.name for path in node_files(folder, name) if path.exists()]
+    taken = [path.name for path in node_files(folder, name) if os.path.lexists(path)]
     if taken:
         way_out = "Choose another name; a key that is replaced would shut out the node that has it."
         raise ConfigError("--add-node", name, f"{folder} has {', '.join(taken)}, and nothing is overwritten", way_out)

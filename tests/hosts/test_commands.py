@@ -184,6 +184,7 @@ def test_node_command(here, keys, capfd):
         "data": str(here / "a.jsonl"),
         "device": "cuda",
         "threads": 3,
+        "files": str(here),
     }
     assert not (here / ".shoal").exists()
 

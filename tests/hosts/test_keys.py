@@ -137,9 +137,22 @@ def test_nothing_is_overwritten(tmp_path):
     with pytest.raises(ConfigError, match=r"node-0, node-0\.pub, node-0\.crt"):
         add_node(folder, "node-0")
     (folder / "bob.crt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"has bob\.crt"):
-        add_node(folder, "bob")
+    (folder / "carol.pub").symlink_to(tmp_path / "elsewhere")
+    for name in ("bob", "carol"):
+        with pytest.raises(ConfigError, match=rf"has {name}\."):
+            add_node(folder, name)
+    (folder / "carol.pub").unlink()
     assert contents(folder) == {**before, "bob.crt": b"mine"}
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path, monkeypatch):
+    folder = tmp_path / "keys"
+    make_keys(folder, ["server"], ["node-0"])
+    (folder / "carol.crt").write_text("mine")
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)  # it was not there a moment ago
+    with pytest.raises(FileExistsError):
+        add_node(folder, "carol")
+    assert (folder / "carol.crt").read_text() == "mine"
 
 
 def test_an_empty_folder_is_taken_and_closed(tmp_path):
