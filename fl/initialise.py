@@ -79,7 +79,7 @@ def _statistic(init: DataDriven, world: World, experiment: Experiment, event: Ev
     requests = {c: StatisticRequest(c, 0, server.version, nothing, server.layout.hash) for c in asked}
     replies, sent = world.ask(list(requests.values()))
     size = statistics.layout(statistics.shapes(experiment.trainer.worker.cohort), init.statistic).size
-    validator = Validator(server.layout.hash, size, max_weight=len(data.train))
+    validator = Validator(server.layout.hash, size, max_weight=data.most)
     start, end = world.clock.now, world.clock.now
     found: dict[int, TrainReply] = {}
     for client, reply in replies:

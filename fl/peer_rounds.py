@@ -95,7 +95,7 @@ class PeerRounds:
         """The part of ``experiment``'s node."""
         s, space, sizes = experiment.settings, experiment.trainer.worker.cohort.space, experiment.data.parts
         assert isinstance(s.aggregator, Combining)
-        bound, most = s.schedule.max_update_norm, len(experiment.data.train)
+        bound, most = s.schedule.max_update_norm, experiment.data.most
 
         def train(requests: Sequence[TrainRequest]) -> list[Outcome]:
             return trained(experiment.node, requests, bound, most)

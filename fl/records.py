@@ -22,8 +22,10 @@ import yaml
 from fl import checkpoint
 from fl.errors import ShoalError
 
-# What depends on the wall clock, in metrics.jsonl and in run.json; everything else replays exactly.
-WALL_FIELDS = frozenset({"wall_s", "started", "finished", "client_steps_per_s", "tokens_per_s", "peak_memory_bytes"})
+# What depends on the wall clock, in metrics.jsonl and in run.json, and the run's own name; all else replays exactly.
+WALL_FIELDS = frozenset(
+    {"id", "wall_s", "started", "finished", "client_steps_per_s", "tokens_per_s", "peak_memory_bytes"}
+)
 
 METRICS = "metrics.jsonl"
 RUN = "run.json"

@@ -129,7 +129,7 @@ class Server:
         nodes = grid.everyone if isinstance(grid, CohortGrid) else sorted(grid.get_node_ids())
         if len(nodes) != len(experiment.data):
             raise ShoalError(f"The grid has {len(nodes)} clients; the partition made {len(experiment.data)}.")
-        weight = len(experiment.data.train)
+        weight = experiment.data.most
         secure = s.secure_aggregation if isinstance(s.secure_aggregation, SecAggPlus | SecretShares) else None
         codecs = None if secure is None else experiment.codecs
 

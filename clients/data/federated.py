@@ -34,6 +34,11 @@ class FederatedData:
     def __len__(self) -> int:
         return len(self.parts)
 
+    @property
+    def most(self) -> int:
+        """More training examples than this no client has."""
+        return max(len(self.train), *map(len, self.parts))
+
     def summary(self) -> dict[str, Any]:
         """Plain numbers of who holds what, as they go into run.json."""
         labels = self.train.labels

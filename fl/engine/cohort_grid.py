@@ -58,8 +58,8 @@ class Places(Protocol):
     def leaving(self) -> None:
         """Messages are about to leave."""
 
-    def heard(self, client: int) -> None:
-        """``client`` has answered a training request."""
+    def heard(self, client: int, job: int) -> None:
+        """``client`` has answered the training request for a ``job``."""
 
 
 class _Dealt:
@@ -87,7 +87,7 @@ class _Dealt:
     def leaving(self) -> None:
         pass
 
-    def heard(self, client: int) -> None:
+    def heard(self, client: int, job: int) -> None:
         pass
 
 
@@ -242,7 +242,8 @@ class CohortGrid(Grid):
                 self._wanted.remove(message_id)
                 self._replies[message_id] = (sent, _reply_to(sent.metadata, content))
                 if sent.metadata.message_type == "train" and not isinstance(content, Error):
-                    self.places.heard(client_of(sent.metadata.dst_node_id))
+                    job = sent.metadata.group_id
+                    self.places.heard(client_of(sent.metadata.dst_node_id), int(job) if job.isdecimal() else 0)
 
 
 def _contents(reply: Message, count: int) -> Sequence[Content]:

@@ -68,9 +68,9 @@ class Directory:
         if self.charges is not None:
             self.charges.save()
 
-    def heard(self, client: int) -> None:
+    def heard(self, client: int, job: int) -> None:
         if self.charges is not None:
-            self.charges.answered[client] += 1
+            self.charges.heard(client, job)
 
     def samples(self) -> dict[int, tuple[int, int]]:
         """How many samples of their own (train, test) clients have, as their nodes told."""

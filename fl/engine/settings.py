@@ -95,6 +95,12 @@ class Ray(Engine):
         if isinstance(self.nodes, str) and self.nodes != "auto":
             raise ConfigError("engine.nodes", self.nodes, "a whole number >= 1, or auto")
 
+    def check(self, settings: Settings) -> None:
+        from fl.engine.home import check_apart
+
+        super().check(settings)
+        check_apart(settings, resident=False)
+
     def connect(self, experiment: Experiment, carried: Carried) -> Callable[[Serve], None]:
         from fl.engine.ray import connect
 

@@ -67,7 +67,8 @@ def connect(engine: SuperLink, experiment: Experiment, about: Carried) -> Callab
     directory.wait(engine.wait_s)
     experiment.told = directory.samples()
     if settings.privacy.unit is not None:
-        experiment.secret = key_bytes(secret(about.folder).hex(), about.run)
+        # Not in the run's folder, which people publish.
+        experiment.secret = key_bytes(secret(Path(".shoal") / "server").hex(), about.run)
 
     def go(serve: Serve) -> None:
         if settings.privacy.unit is not None:

@@ -108,6 +108,9 @@ def test_what_is_about_to_leave_is_charged_first():
         def __init__(self):
             self.answered, self.saved = {0: 2}, 0
 
+        def heard(self, client, job):
+            self.answered[client] = job
+
         def save(self):
             self.saved += 1
 
@@ -115,5 +118,5 @@ def test_what_is_about_to_leave_is_charged_first():
     found.charges = Charges()
     found.present()
     found.leaving()
-    found.heard(0)
+    found.heard(0, 3)
     assert (found.charges.saved, found.note()["answered"]) == (1, {"0": 3})

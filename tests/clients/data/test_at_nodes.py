@@ -141,6 +141,8 @@ def test_what_lies_elsewhere_can_be_counted_and_nothing_else(cache):
         for part in data.parts:
             with pytest.raises(ShoalError, match=f"samples of client {part.client} are at its node"):
                 use(part)
+    with pytest.raises(ShoalError, match="client 1 are at its node"):
+        np.asarray(data.client_tests[1])  # none, but that is for its node to say
     with pytest.raises(TypeError):
         Elsewhere(0, 1) + 1  # type: ignore[operator]
 
