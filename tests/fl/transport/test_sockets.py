@@ -219,7 +219,7 @@ def test_a_node_that_is_down_costs_its_own_messages_only(listening, authority):
         port = gone.getsockname()[1]
     made = Sockets("127.0.0.1", 0, authority.identity("node-0"))
     book = {1: listening.address, 3: Address("127.0.0.1", port, "node-3")}
-    made.begin(Exchange(FIRST, 2, frozenset({0}), LENGTH, time.monotonic() + 2 * NEVER_S, book))
+    made.begin(Exchange(FIRST, 2, frozenset({0}), LENGTH, time.monotonic() + 2.0, book))
     made.send(2, 0, 3, MODEL)
     made.send(2, 0, 1, MODEL)
     assert np.array_equal(hears(listening)[0], MODEL)
