@@ -154,6 +154,11 @@ class Node:
             raise MalformedMessage("schema", "a training request names the groups that train")
         kept = self.memories.get(request.client)
         memory: Memory = {}
+        if kept is not None and kept.round > request.round:
+            text = (
+                f"client {request.client} has done job {kept.round}; what it remembered before {request.round} is gone"
+            )
+            raise MalformedMessage("schema", text)
         if kept is not None:
             memory = kept.before if kept.round == request.round else kept.after
         start = self._whole(state, request.client, train)
@@ -360,11 +365,14 @@ class Node:
 
     def client_arrays(self, client: int) -> dict[str, np.ndarray]:
         """What one client keeps, for `restore_client`."""
-        return self.holdings.parts(client) | self._memories([client] if client in self.memories else [])
+        part = {} if self.part is None else self.part.arrays(client)
+        return self.holdings.parts(client) | part | self._memories([client] if client in self.memories else [])
 
     def restore_client(self, client: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Put what ``client`` keeps back to what `client_arrays` gave; nothing for a client that kept nothing yet."""
         self.holdings.restore(arrays, client)
+        if self.part is not None:
+            self.part.restore(arrays, client)
         self.memories.pop(client, None)
         self._remember(arrays)
 

@@ -126,7 +126,8 @@ def go(
         if not quiet:
             console.print(format_summary(summary))
         plan = experiment.choose_plan()
-        resolved["engine"] |= plan.settings()
+        if not settings.engine.remote:  # else it is this machine's, and not the nodes'
+            resolved["engine"] |= plan.settings()
         record |= _described(experiment, summary)
         record |= _claim(experiment)
         record["settings"] = flat(resolved)

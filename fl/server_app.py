@@ -12,6 +12,7 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from aggregators.combining import Combining
+from clients.data.at_nodes import AtNodes
 from fl import checkpoint, metrics
 from fl.clock import Clock
 from fl.downlink import Downlink
@@ -25,6 +26,7 @@ from fl.peers import Peers
 from fl.progress import Progress
 from fl.records import RunFolder
 from fl.schedules.base import Event, World
+from fl.schedules.direct import is_direct
 from fl.secure import MASKED
 from fl.shares import names
 from fl.state import ServerState
@@ -113,7 +115,9 @@ class Server:
             )
             self.busy_s += time.perf_counter() - mark
             mark = time.perf_counter()
-            if world.server.round < settings.schedule.rounds:
+            # Where models go from node to node, the server knows the state when it is evaluated.
+            unknown = world.direct and self._tested != [world.server.round, world.server.version]
+            if world.server.round < settings.schedule.rounds and not unknown:
                 self._mark(world)
                 if world.server.round % settings.checkpoint_every == 0:
                     self._save()
@@ -129,7 +133,11 @@ class Server:
         nodes = grid.everyone if isinstance(grid, CohortGrid) else sorted(grid.get_node_ids())
         if len(nodes) != len(experiment.data):
             raise ShoalError(f"The grid has {len(nodes)} clients; the partition made {len(experiment.data)}.")
-        weight = experiment.data.most
+        sizes = [len(part) for part in experiment.data.parts]
+
+        def weight(client: int) -> int:  # of samples that are at nodes the server knows what each has told
+            return sizes[client] if isinstance(s.partition, AtNodes) else len(experiment.data.train)
+
         secure = s.secure_aggregation if isinstance(s.secure_aggregation, SecAggPlus | SecretShares) else None
         codecs = None if secure is None else experiment.codecs
 
@@ -161,9 +169,10 @@ class Server:
         return World(
             grid, nodes, s.seed, experiment.per_round, server, s.aggregator, s.server_optimizer, s.sampling, s.network,
             s.local, validator, downlink, experiment.guard, secure, codecs,
-            s.evaluation.aggregation_error and bool(space.modules), sizes=[len(p) for p in experiment.data.parts],
+            s.evaluation.aggregation_error and bool(space.modules), sizes=sizes,
             treatment=s.schedule.rule(s.aggregator.staleness).treatment(experiment),
             root=experiment.root_update if rooted else None, peers=peers, attack=s.attack, apart=s.engine.remote,
+            direct=s.schedule.decentral and is_direct(s), limit_s=getattr(s.schedule, "deadline_s", None),
             due=lambda round: s.evaluation.central(round, round == s.schedule.rounds, self._tested_at, self._now()),
             book=grid.places.book if isinstance(grid, CohortGrid) else dict,
         )  # fmt: skip

@@ -17,6 +17,7 @@ from flwr.app import Message, RecordDict
 from fl.messages import BUDGET, EvaluateReply, MalformedMessage, Request, TrainReply
 
 Reply = TypeVar("Reply", TrainReply, EvaluateReply)
+MOST = 2**31 - 1  # examples of an evaluation
 
 
 class Reason(StrEnum):
@@ -50,9 +51,9 @@ class Validator:
     """Checks replies against what was asked for.
 
     ``layout`` is the hash of the state's layout, and ``size`` the scalars of an update, or a function from a request to
-    them, where clients or rounds train different tensors; ``max_norm`` bounds the
-    Euclidean norm of an update (None: no bound); ``max_weight`` caps the examples that a client may claim, since an
-    invented 10^9 would own the mean. ``arrays`` gives, for a request, the named arrays that belong into its reply:
+    them, where clients or rounds train different tensors; ``max_norm`` bounds the Euclidean norm of an update (None: no
+    bound); ``max_weight`` (for all, or by client) caps the examples that a client may claim, since an invented 10^9
+    would own the mean. ``arrays`` gives, for a request, the named arrays that belong into its reply:
     their types and sizes (-1: any). A job, which is a (client, round), is answered once: its first reply counts,
     good or bad.
     """
@@ -62,7 +63,7 @@ class Validator:
         layout: str,
         size: int | Callable[[Request], int],
         max_norm: float | None = None,
-        max_weight: int = 2**31 - 1,
+        max_weight: int | Callable[[int], int] = 2**31 - 1,
         arrays: Callable[[Request], Mapping[str, tuple[str, int]]] = lambda request: {},
     ):
         self._arrays = arrays
@@ -143,8 +144,9 @@ class Validator:
             return Rejection(Reason.NOT_FINITE, f"update of norm {norm}, loss {reply.loss}")
         if self.max_norm is not None and norm > self.max_norm:
             return Rejection(Reason.TOO_LARGE, f"norm {norm:.6g} is above {self.max_norm:.6g}")
-        if not 1 <= reply.examples <= self.max_weight:
-            return Rejection(Reason.WEIGHT, f"{reply.examples} examples, allowed are 1 to {self.max_weight}")
+        most = self._most(reply.client)
+        if not 1 <= reply.examples <= most:
+            return Rejection(Reason.WEIGHT, f"{reply.examples} examples, allowed are 1 to {most}")
         if reply.steps < 0 or reply.tokens < 0:
             return Rejection(Reason.SCHEMA, f"negative counts: {reply.steps} steps, {reply.tokens} tokens")
         return None
@@ -152,9 +154,13 @@ class Validator:
     def _evaluation_faults(self, reply: EvaluateReply) -> Rejection | None:
         if not all(np.isfinite(value).all() for value in (reply.loss, *reply.metrics.values())):
             return Rejection(Reason.NOT_FINITE, "a metric is not finite")
-        if not 0 <= reply.examples <= self.max_weight:
-            return Rejection(Reason.WEIGHT, f"{reply.examples} examples, allowed are 0 to {self.max_weight}")
+        most = MOST if callable(self.max_weight) else self.max_weight
+        if not 0 <= reply.examples <= most:
+            return Rejection(Reason.WEIGHT, f"{reply.examples} examples, allowed are 0 to {most}")
         return None
+
+    def _most(self, client: int) -> int:
+        return self.max_weight(client) if callable(self.max_weight) else self.max_weight
 
 
 def _wrong_job(reply: TrainReply | EvaluateReply, request: Request) -> Rejection | None:

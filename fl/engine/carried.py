@@ -14,7 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,9 @@ def carried(config: Scalars) -> tuple[dict[str, Any], str, list[str]]:
         return resolved, str(config.get("folder", "")), shlex.split(str(config.get("words", "")))
     words = [f"{name}={config[name]}" for name in ("experiment", "seed") if config.get(name, "") != ""]
     words += ["engine=superlink", *shlex.split(str(config.get("settings", "")))]
+    for word in words:  # a node composes them: they shall not read its environment or its files
+        if "${" in word or word.lstrip("+~").startswith("hydra"):
+            raise ConfigError("settings", word, "settings of an experiment, without references and Hydra's own")
     resolved, folders = compose(words)
     return resolved, str(config.get("folder", "")) or str(folders[RUN_DIR]), words
 
@@ -119,13 +122,21 @@ def check_note(found: Mapping[str, Any], resolved: Mapping[str, Any]) -> Note:
     return Note(run, name, nodes, int(found.get("clients", 0)), [str(label) for label in labels], counts)
 
 
-def check_foreign(resolved: Mapping[str, Any], packages: Sequence[str], folders: Sequence[Path]) -> None:
+def check_foreign(
+    resolved: Mapping[str, Any],
+    packages: Sequence[str],
+    folders: Sequence[Path],
+    unread: Collection[str] = ("engine", "tracker"),
+) -> None:
     """Refuse ``resolved`` settings of somebody else that name code or files which are not theirs to use here.
 
     A class (``_target_``) must be of one of ``packages``, which are importable here; a text that names a file or folder
-    of this machine must name one in ``folders``. Raises `ConfigError`.
+    of this machine must name one in ``folders``, and none that only its owner may read or that Shoal keeps. Settings of
+    the groups ``unread`` are not looked at: nothing that they name is opened. Raises `ConfigError`.
     """
     for key, value in flat(resolved).items():
+        if key.partition(".")[0] in unread and not key.endswith("_target_"):
+            continue
         for text in value if isinstance(value, list) else [value]:
             if not isinstance(text, str):
                 continue
@@ -133,7 +144,7 @@ def check_foreign(resolved: Mapping[str, Any], packages: Sequence[str], folders:
                 allowed = f"a class of {', '.join(packages)}: this node runs no other code for a server"
                 raise ConfigError(key, text, allowed, "Start it with `shoal node --allow PACKAGE`.")
             if _exists(text) and not any(_inside(text, folder) for folder in folders):
-                allowed = f"a file in {', '.join(map(str, folders))}: this node reads no others for a server"
+                allowed = f"an open file in {', '.join(map(str, folders))}: this node reads no others for a server"
                 raise ConfigError(key, text, allowed, "Start it with `shoal node --files FOLDER`.")
 
 
@@ -145,4 +156,6 @@ def _exists(text: str) -> bool:
 
 
 def _inside(text: str, folder: Path) -> bool:
-    return Path(text).expanduser().resolve().is_relative_to(folder.resolve())
+    path = Path(text).expanduser().resolve()
+    private = path.stat().st_mode & 0o077 == 0 or ".shoal" in path.parts
+    return path.is_relative_to(folder.resolve()) and not private

@@ -49,8 +49,11 @@ class Places(Protocol):
     def present(self) -> list[int]:
         """The clients whose nodes are connected, after another look."""
 
-    def note(self) -> dict[str, Any]:
-        """What every message tells its node, as JSON-able values."""
+    def note(self, clients: Sequence[int]) -> dict[str, Any]:
+        """What a message for ``clients`` tells their node, as JSON-able values."""
+
+    def stay(self, node: int) -> Any:
+        """What is another after ``node`` was away: what it had been sent before is lost."""
 
     def book(self) -> Mapping[int, Address]:
         """Where the nodes of clients listen for each other; those that don't are left out."""
@@ -78,8 +81,11 @@ class _Dealt:
     def present(self) -> list[int]:
         return list(range(self.number))
 
-    def note(self) -> dict[str, Any]:
+    def note(self, clients: Sequence[int]) -> dict[str, Any]:
         return {}
+
+    def stay(self, node: int) -> Any:
+        return None
 
     def book(self) -> Mapping[int, Address]:
         return {}
@@ -128,6 +134,7 @@ class CohortGrid(Grid):
         self.places: Places = places or _Dealt(grid, num_clients, nodes or [])
         self._numbers = itertools.count(1)
         self._in_flight: dict[str, list[_Sent]] = {}  # by the id of the node's message
+        self._stays: dict[str, tuple[int, Any]] = {}  # by the same: its node, and the stay in which it was sent
         self._wanted: set[str] = set()  # ids of clients' messages without a reply yet
         self._replies: dict[str, tuple[_Sent, Message]] = {}  # by the id of the client's message
 
@@ -172,10 +179,11 @@ class CohortGrid(Grid):
         self.places.leaving()
         pushed = list(self.grid.push_messages(outgoing)) if outgoing else []
         pushed += [""] * (len(outgoing) - len(pushed))  # Flower leaves out, or names None, what it could not send
-        for pushed_id, cohort in zip(pushed, cohorts.values(), strict=True):
+        for pushed_id, ((node, _), cohort) in zip(pushed, cohorts.items(), strict=True):
             group = [sent for sent, _ in cohort]
             if pushed_id:
                 self._in_flight[pushed_id] = group
+                self._stays[pushed_id] = (node or 0, self.places.stay(node or 0))
             else:
                 self._deliver(group, [Error(ErrorCode.NODE_UNAVAILABLE, "could not be sent")] * len(group))
         return [message.metadata.message_id for message in messages]
@@ -187,6 +195,10 @@ class CohortGrid(Grid):
                 group = self._in_flight.pop(reply.metadata.reply_to_message_id, None)
                 if group is not None:
                     self._deliver(group, _contents(reply, len(group)))
+            for lost in [m for m in self._in_flight if self._stays[m][1] != self.places.stay(self._stays[m][0])]:
+                group = self._in_flight.pop(lost)
+                self._deliver(group, [Error(ErrorCode.NODE_UNAVAILABLE, "its node was away since")] * len(group))
+            self._stays = {m: stay for m, stay in self._stays.items() if m in self._in_flight}
         here = self._replies.keys() & set(message_ids)
         return [reply for _, reply in sorted((self._replies.pop(i) for i in here), key=lambda pair: pair[0].order)]
 
@@ -230,7 +242,7 @@ class CohortGrid(Grid):
         groups = [metadata.group_id for metadata in sent]
         clients, ids = [client_of(m.dst_node_id) for m in sent], [m.message_id for m in sent]
         header: dict[str, Any] = {"clients": clients, "ids": ids, "groups": groups, "join": self.join}
-        if note := self.places.note():
+        if note := self.places.note(clients):
             header["note"] = note
         content = pack([message.content for _, message in cohort], header, join=self.join)
         group = groups[0] if len(set(groups)) == 1 else ""

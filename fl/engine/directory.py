@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,8 @@ from fl.transport.base import Address
 log = logging.getLogger("shoal.server")
 HELLO = "query.hello"
 LOOK_S, PATIENT_S = 0.2, 1.0
+AGAIN_S = 60.0  # after which a node that was refused, or has not answered, is asked anew
+MOST = 2**31 - 1  # samples of a client
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,35 @@ class Directory:
     nodes: dict[int, Told] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     charges: Charges | None = None  # where a privacy claim needs them
-    _asked: dict[str, int] = field(default_factory=dict)  # ids of messages to nodes that have not said who they are
-    _there: set[int] = field(default_factory=set)
+    patience_s: float = 0.0
+    begun: bool = False  # all clients have been there
+    _asked: dict[str, tuple[int, float]] = field(default_factory=dict)  # hellos on their way: the node, and since when
+    _there: dict[int, str] = field(default_factory=dict)  # the nodes that are connected, and since when each is
+    _tried: float = field(default_factory=time.monotonic)  # when the refused were asked last
 
     def node(self, client: int) -> int | None:
         return next((n for n, told in self.nodes.items() if client in told.clients and n in self._there), None)
 
     def present(self) -> list[int]:
-        self.look()
-        return sorted({c for n, told in self.nodes.items() if n in self._there for c in told.clients})
+        """The clients whose nodes are there. Once a run goes on, waits for one of them, ``patience_s`` at most: with
+        nobody there, nothing is missed."""
+        end = None
+        while True:
+            self.look()
+            there = sorted({c for n, told in self.nodes.items() if n in self._there for c in told.clients})
+            if there or not self.begun:
+                return there
+            end = time.monotonic() + self.patience_s if end is None else end
+            if time.monotonic() >= end:
+                return []
+            time.sleep(PATIENT_S)
 
-    def note(self) -> dict[str, Any]:
-        answered = {} if self.charges is None else {str(c): n for c, n in self.charges.answered.items()}
+    def stay(self, node: int) -> str | None:
+        return self._there.get(node)
+
+    def note(self, clients: Sequence[int]) -> dict[str, Any]:
+        heard = {} if self.charges is None else self.charges.answered
+        answered = {str(c): heard[c] for c in clients if c in heard}
         return replace(self.first, nodes=max(1, len(self.nodes)), answered=answered).plain()
 
     def book(self) -> dict[int, Address]:
@@ -78,22 +97,25 @@ class Directory:
 
     def look(self) -> None:
         """Ask the nodes that have come who they are, take in what they answer, and forget those that are gone."""
-        self._there = set(self.grid.get_node_ids())
-        for gone in [n for n in self.nodes if n not in self._there]:
-            self.say(f"Node {gone} is gone, with clients {_ranges(self.nodes.pop(gone).clients)}.")
+        before, self._there, now = self._there, _connected(self.grid), time.monotonic()
+        gone = [n for n in self.nodes if self._there.get(n) != before.get(n)]  # it may be back already
+        for node in gone:
+            self.say(f"Node {node} is gone, with clients {_ranges(self.nodes.pop(node).clients)}.")
+        if gone or now - self._tried > AGAIN_S:  # what was refused may be right now
+            self.refused, self._tried = {}, now
         self.refused = {n: why for n, why in self.refused.items() if n in self._there}
-        self._asked = {m: n for m, n in self._asked.items() if n in self._there}
-        known = {*self.nodes, *self.refused, *self._asked.values()}
+        self._asked = {m: (n, t) for m, (n, t) in self._asked.items() if n in self._there and now - t < AGAIN_S}
+        known = {*self.nodes, *self.refused, *(n for n, _ in self._asked.values())}
         new = sorted(n for n in self._there if n not in known)
         if new:
             note = {k: v for k, v in self.first.plain().items() if k != "answered"}
             messages = [Message(RecordDict({"note": ConfigRecord(note)}), n, HELLO) for n in new]
             ids = list(self.grid.push_messages(messages))
-            self._asked |= {message_id: n for message_id, n in zip(ids, new) if message_id}
+            self._asked |= {message_id: (n, now) for message_id, n in zip(ids, new) if message_id}
         for reply in self.grid.pull_messages(list(self._asked)) if self._asked else []:
-            node = self._asked.pop(reply.metadata.reply_to_message_id, None)
-            if node is not None:
-                self._take(node, reply)
+            asked = self._asked.pop(reply.metadata.reply_to_message_id, None)
+            if asked is not None:
+                self._take(asked[0], reply)
 
     def _take(self, node: int, reply: Message) -> None:
         """What ``reply`` says of ``node``. It may hold anything."""
@@ -115,6 +137,8 @@ class Directory:
                 raise ValueError(f"it hosts client {taken[0]}, which node {self.node(taken[0])} hosts already")
             train, test = _numbers(said, "train"), _numbers(said, "test")
             sizes = dict(zip(clients, zip(train, test, strict=True), strict=True)) if train else {}
+            if any(not 1 <= n <= MOST for n in train) or any(n > MOST for n in test):
+                raise ValueError(f"it tells numbers of samples that are none: {[*train, *test]!r:.100}")
             peer = str(said.get("peer", ""))[:300]
             self.nodes[node] = Told(clients, sizes, Address.of(peer) if peer else None)
             self.say(f"Node {node} is here, with clients {_ranges(clients)}.")
@@ -137,6 +161,15 @@ class Directory:
                 )
             time.sleep(min(pause_s, max(0.0, end - time.monotonic())))
             pause_s = min(PATIENT_S, 1.5 * pause_s)
+        self.begun, self.patience_s = True, seconds
+
+
+def _connected(grid: Grid) -> dict[int, str]:
+    """The nodes that are connected, and since when each is, where the grid knows."""
+    nodes = getattr(grid, "get_nodes", None)
+    if nodes is None:
+        return dict.fromkeys(grid.get_node_ids(), "")
+    return {n.node_id: str(n.last_activated_at) for n in nodes()}
 
 
 def _numbers(said: ConfigRecord, name: str) -> list[int]:

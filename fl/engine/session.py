@@ -34,7 +34,7 @@ from fl.transport.sockets import Sockets
 
 log = logging.getLogger("shoal.node")
 HELLO = "hello"
-SITES = 2  # runs that stay loaded
+SITES = 4  # runs that stay loaded
 KEPT_DAYS = 60  # what clients keep of a run is deleted when it was not written to for so long
 
 
@@ -189,7 +189,8 @@ class Session:
             resolved = dict(self.resolved) if self.resolved is not None else carried(context.run_config)[0]
             place = self._placed(context)
             if self.resolved is None:
-                check_foreign(resolved, place.packages, place.files)
+                unread = ("engine", "tracker", *(["data"] if place.data else []))
+                check_foreign(resolved, place.packages, place.files, unread)
             settings = Settings.of(home.localised(resolved, place.data))
             if isinstance(settings.engine, SuperLink):
                 home.check_hosts(settings, self.resident)

@@ -141,6 +141,9 @@ class SuperLink(Engine):
         if settings.clients.number is None:
             way_out = "Give clients.number=4, say."
             raise ConfigError("clients.number", None, "a number: nodes say which clients they host", way_out)
+        if self.peers == "direct" and not settings.schedule.decentral:
+            allowed = f"relay with {type(settings.schedule).__name__}, which has a server"
+            raise ConfigError("engine.peers", "direct", allowed, "Or choose schedule=dpsgd.")
         check_hosts(settings)
 
     def connect(self, experiment: Experiment, carried: Carried) -> Callable[[Serve], None]:

@@ -50,8 +50,10 @@ def submit(
     from fl.run import Outcome
 
     here = engine.address.rpartition(":")[0] in ("127.0.0.1", "localhost", "[::1]")
-    if here:
-        folder = folder.absolute() if resume else fresh_folder(folder.absolute())
+    if resume:
+        folder = folder.absolute()  # its config.yaml was read here
+    elif here:
+        folder = fresh_folder(folder.absolute())
     with control(engine) as client:
         content = build_fab_from_disk(APP)
         fab = Fab(hashlib.sha256(content).hexdigest(), content, {})

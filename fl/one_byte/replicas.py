@@ -165,13 +165,14 @@ class Replicas:
             loss, arrays=arrays,
         )  # fmt: skip
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The replicas as named arrays, for a checkpoint."""
-        return {f"replica/{peer}/{own.version}": own.state for peer, own in self.replicas.items()}
+    def arrays(self, client: int | None = None) -> dict[str, np.ndarray]:
+        """The replicas of all peers, or of ``client``, as named arrays, for a checkpoint."""
+        return {f"replica/{p}/{own.version}": own.state for p, own in self.replicas.items() if client in (None, p)}
 
-    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def restore(self, arrays: Mapping[str, np.ndarray], client: int | None = None) -> None:
         """Undo `arrays`; others are ignored."""
-        self.replicas.clear()
+        for one in [*self.replicas] if client is None else [client]:
+            self.replicas.pop(one, None)
         for name, array in arrays.items():
             if name.startswith("replica/"):
                 _, peer, version = name.split("/")

@@ -23,7 +23,7 @@ from aggregators.staleness import Auto, Constant, Staleness, Treatment
 from clients.behaviours.base import Behaviour
 from clients.behaviours.none import Honest
 from clients.local.training import LocalTraining
-from fl.clock import Clock, seconds
+from fl.clock import Clock, seconds, ticks
 from fl.config import setting
 from fl.downlink import Downlink
 from fl.errors import ConfigError
@@ -71,10 +71,10 @@ class PeerPart(Protocol):
     def answer(self, requests: Sequence[PeerRequest]) -> list[TrainReply | MalformedMessage]:
         """A reply to each request, or why it can't be answered. The same request twice gets the same reply."""
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What the peers keep, as named arrays, for a checkpoint."""
+    def arrays(self, client: int | None = None) -> dict[str, np.ndarray]:
+        """What the peers keep (None: all of them), as named arrays, for a checkpoint."""
 
-    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def restore(self, arrays: Mapping[str, np.ndarray], client: int | None = None) -> None:
         """Undo `arrays`; other arrays are ignored."""
 
 
@@ -111,6 +111,8 @@ class World:
     peers: Peers | None = None  # of a schedule without a server
     attack: Behaviour = field(default_factory=Honest)  # what hostile peers send each other
     apart: bool = False  # whether clients' books are kept where they train, and mirrored here
+    direct: bool = False  # whether peers' models go from node to node (`fl.schedules.direct`)
+    limit_s: float | None = None  # in real time: after this what is asked beside training is not waited for any more
     due: Callable[[int], bool] = lambda round: True  # whether an evaluation of the state after a round is due
     book: Callable[[], Mapping[int, Address]] = dict  # where clients' nodes listen for each other (`fl.transport`)
     fleet: Fleet = field(init=False)
@@ -232,6 +234,8 @@ class World:
         messages = [self.message(r) for r in requests]
         sent = {r.client: payload_bytes(m.content) for r, m in zip(requests, messages, strict=True)}
         if self.wall is not None:
+            if until is None and self.limit_s is not None:
+                until = self.now() + ticks(self.limit_s)
             to = {r.client: m for r, m in zip(requests, messages, strict=True)}
             return self.wall.ask(self.grid, self.clock, to, until, heard), sent
         clients = dict(zip(self.grid.push_messages(messages), (r.client for r in requests), strict=True))

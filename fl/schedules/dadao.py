@@ -246,8 +246,8 @@ class HeadPart:
             arrays=arrays,
         )  # fmt: skip
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self, client: int | None = None) -> dict[str, np.ndarray]:
         return {}  # features are those of the frozen network: computed again
 
-    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def restore(self, arrays: Mapping[str, np.ndarray], client: int | None = None) -> None:
         pass

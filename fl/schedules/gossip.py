@@ -149,7 +149,7 @@ class Gossip(Schedule):
         self.check_graph(world, peers)
         if world.wall is not None:
             world.wall.check_resumed(world.guard, world.apart)
-        direct = Direct(self, world, peers) if getattr(world, "direct", False) else None
+        direct = Direct(self, world, peers) if world.direct else None
         end = None if self.until_s is None else ticks(self.until_s)
         while world.server.round < self.rounds and (end is None or world.now() < end):
             reason = world.guard.stopped()
