@@ -23,10 +23,10 @@ demo: $(STAMP)
 	$(BIN)/shoal run experiment=quickstart
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not hosts" -n 2 --dist loadfile
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "slow and not hosts" -n 2 --dist loadfile
 
 test-hosts: $(STAMP)
 	$(BIN)/python -m pytest -m hosts -rs tests/hosts

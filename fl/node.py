@@ -15,6 +15,7 @@ import numpy as np
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
+from clients.adapters.base_change import Change
 from clients.adapters.initial.base import DataDriven
 from clients.adapters.space import Space
 from clients.behaviours.base import Behaviour, ReplyFields, Scene
@@ -46,6 +47,7 @@ from privacy.audit.log import log_of
 from privacy.base import BudgetSpent, Guard
 
 R = TypeVar("R", GradientRequest, PeerRequest)
+INBOX = "inbox"  # what a training request carries of secure aggregation's stages (`fl.secure`)
 
 
 @dataclass
@@ -87,6 +89,8 @@ class Node:
         self.memories: dict[int, Remembered] = {}
         self.affected = behaviour.affected(len(data), seed)
         self.hosted: frozenset[int] | None = None  # the clients that live here; None: all
+        self.sizes_hidden = False  # whether how many examples a client has shall not leave with its replies
+        self._samples: dict[int, str] = {}  # see `_sampled`
 
     def train(self, messages: Sequence[Message]) -> list[Message]:
         """A reply to each message, an error among them where a job can't be done; none from a client that is silent."""
@@ -168,14 +172,42 @@ class Node:
         examples = self.data.parts[request.client]
         if self.data.poison is not None:  # only hostile clients have any
             examples = self.data.poison.examples(request.client, request.round, examples)
-        # Two requests that differ in anything the gradients depend on are two jobs, with noise of their own.
-        content = hashlib.sha256(start.data)
-        content.update(repr((request.version, lr, train)).encode())
-        digest = content.hexdigest()[:32]
-        job = self.guard.job(request.client, request.round, digest, examples, memory)
+        content = self._content(request, start, lr, train, base)
+        job = self.guard.job(request.client, request.round, content, examples, memory)
         batches = self.local.batches(self.seed, request.client, request.round, examples) if job is None else job.batches
         private = None if job is None else job.private
         return Work(request.client, request.round, start, batches, lr, memory, groups, base, shared, private)
+
+    def _content(
+        self, request: TrainRequest, start: np.ndarray, lr: float, train: tuple[str, ...], base: Change
+    ) -> str:
+        """A name for all that the answer to ``request`` depends on beside its round; empty where nothing is claimed.
+
+        Two requests that differ in any of it are two jobs, each with a charge and noise of its own.
+        """
+        if type(self.guard) is Guard:
+            return ""
+        content = hashlib.sha256(start.data)
+        content.update(repr((request.version, lr, train)).encode())
+        if base:
+            packed, ranks = self.space.pack(base)
+            content.update(f"base {ranks}".encode() + packed.tobytes())
+        for name in sorted(set(request.arrays) - {INBOX}):  # masks are another thing than what is under them
+            array = request.arrays[name]
+            content.update(f"{name!r} {array.dtype} {array.shape}".encode() + array.tobytes())
+        # A node knows its runs by the names that a server gives them, and its files may change between two starts.
+        if self.guard.secret is not None:
+            content.update(f"{self.guard.root} {self._sampled(request.client)}".encode())
+        return content.hexdigest()[:32]
+
+    def _sampled(self, client: int) -> str:
+        """A name for the training samples of ``client``."""
+        if client not in self._samples:
+            own, content = self.data.train.select(self.data.parts[client], ""), hashlib.sha256()
+            for array in (own.tokens, own.offsets, own.labels, own.prompt_lengths):
+                content.update(b"none" if array is None else array.tobytes())
+            self._samples[client] = content.hexdigest()
+        return self._samples[client]
 
     def _frozen(self, start: np.ndarray, train: tuple[str, ...]) -> int:
         """A number that names what of ``start`` does not train."""
@@ -222,8 +254,10 @@ class Node:
             arrays = self.secure.mask(request, said.update, said.examples)
         except ShoalError as error:
             return _error(str(error), message)
+        # Steps of whole epochs tell how many examples there are.
+        steps = 0 if self.sizes_hidden and self.local.epochs is not None else said.steps
         reply = TrainReply(
-            said.client, said.round, said.version, said.layout, np.zeros(0, np.float32), 1, said.steps, 0, None,
+            said.client, said.round, said.version, said.layout, np.zeros(0, np.float32), 1, steps, 0, None,
             arrays=arrays,
         )  # fmt: skip
         return Message(reply.to_record(), reply_to=message)
@@ -304,6 +338,9 @@ class Node:
                 self._check(request)
                 if self.initialisation is None:
                     raise MalformedMessage("schema", "this experiment's adapter needs no statistic")
+                if not _asks(self.initialisation, request.client):
+                    declared = f"adapter.init.source={self.initialisation.source}"
+                    raise MalformedMessage("schema", f"with {declared} client {request.client} gives no statistic")
                 asked.append((message, request))
             except MalformedMessage as error:
                 replies.append(_error(str(error), message))
@@ -348,7 +385,8 @@ class Node:
         found = numbers(scores, None if labels is None else labels[examples])
         loss = found.pop("loss")
         good = {k: float(v) for k, v in found.items() if v is not None}
-        return EvaluateReply(request.client, request.round, request.version, len(examples), float(loss or 0.0), good)
+        count = 1 if self.sizes_hidden else len(examples)
+        return EvaluateReply(request.client, request.round, request.version, count, float(loss or 0.0), good)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All that clients keep as named arrays, for a checkpoint."""
@@ -390,6 +428,11 @@ class Node:
                 _, client, round, side, name = path.split("/", 4)
                 kept = self.memories.setdefault(int(client), Remembered(int(round), {}, {}))
                 getattr(kept, side)[name] = array
+
+
+def _asks(init: DataDriven, client: int) -> bool:
+    """Whether the start that was declared is made from a statistic of ``client``."""
+    return init.source in ("clients", "private") or (init.source == "client" and init.client == client)
 
 
 def _error(reason: str, message: Message) -> Message:

@@ -7,6 +7,8 @@ values only, so two runs of one seed differ in the `WALL_FIELDS` and nowhere els
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import json
 import math
@@ -14,7 +16,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import yaml
@@ -28,6 +30,7 @@ WALL_FIELDS = frozenset(
 )
 
 METRICS = "metrics.jsonl"
+LOCK = ".lock"
 RUN = "run.json"
 # What a run makes beside metrics.jsonl, and a new run in the same folder must not inherit.
 _PRODUCTS = (
@@ -74,7 +77,7 @@ class RunFolder:
       refuses a folder with a finished run or with a checkpoint, unless ``overwrite``.
     - ``RunFolder(path, resume=True)`` goes on with the run that is there.
 
-    Raises `ShoalError` with the way out.
+    One process at a time has a folder open; its death closes it. Raises `ShoalError` with the way out.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False):
@@ -83,16 +86,22 @@ class RunFolder:
             if not (self.path / RUN).is_file():
                 way_out = "Give the folder that `shoal run` printed, or start the run anew."
                 raise ShoalError(f"{self.path} holds no run to resume: it has no {RUN}. {way_out}")
+            self._lock = _locked(self.path)
         else:
-            self._start(overwrite)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise _not_made(error) from error
+            self._lock = _locked(self.path)
+            try:
+                self._start(overwrite)
+            except BaseException:
+                self._unlock()
+                raise
         # a resumed run writes from where `truncate` puts it; until then nothing that is there may be lost
         self._metrics = open(self.path / METRICS, "ab")  # noqa: SIM115
 
     def _start(self, overwrite: bool) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _not_made(error) from error
         if not overwrite:
             if (read_run(self.path) or {}).get("status") == "completed":
                 raise ShoalError(
@@ -159,12 +168,44 @@ class RunFolder:
         if not self._metrics.closed:
             self.flush()
             self._metrics.close()
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if not self._lock.closed:
+            (self.path / LOCK).unlink(missing_ok=True)  # while it is locked: nobody else holds it
+            self._lock.close()
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _locked(folder: Path) -> IO[bytes]:
+    """The lock of ``folder``, held until it is closed. Raises `ShoalError` while another process holds it.
+
+    A POSIX record lock: worker processes that are forked later do not have it, and can't keep it when this one dies.
+    Two folders that one process opens at a path are not kept apart.
+    """
+    while True:
+        file = open(folder / LOCK, "ab")  # noqa: SIM115
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return file  # a file system without locks
+            file.close()
+            raise ShoalError(
+                f"{folder} is open for writing: another process works on the run in it. Wait until it is over or stop "
+                "it (a run at a SuperLink with `flwr stop`), or choose another hydra.run.dir."
+            ) from error
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()  # whoever held it has removed it meanwhile
 
 
 def read_run(path: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -5,6 +5,9 @@
     train    training request with its inbox  ->  ``masked``: the encoded update under masks, and nothing else
     unmask   query: which neighbours are in the sum  ->  shares of secrets
 
+Each of these requests names the ``session``: bytes that the server draws whenever it opens a round. A round that is
+tried again, by a server that was started anew among nodes that were not, is another session, with new keys and masks.
+
 The cryptography is in `privacy.secure_aggregation.protocol`; here are the messages, their bytes and their time. A
 client that does not answer a stage has dropped out of the round. What the server gets of an update is its masked form
 (`TrainReply.update` is empty), and of the round the sum. Error replies name no number of a client's own either.
@@ -28,7 +31,6 @@ from fl.messages import MalformedMessage, Request, SecureRequest, TrainReply, Tr
 from fl.state import ServerState, Update
 from fl.validation import Validator
 from privacy.secure_aggregation.codec import Codec
-from privacy.secure_aggregation.primitives import derive
 from privacy.secure_aggregation.protocol import Coordinator, Participant
 from privacy.secure_aggregation.settings import SecAggPlus
 
@@ -36,14 +38,21 @@ if TYPE_CHECKING:
     from fl.schedules.base import World
 
 KEYS, SHARES, UNMASK = "keys", "shares", "unmask"
-MASKED = "masked"
+MASKED, SESSION = "masked", "session"
+SESSION_BYTES = 16
 Codecs = Callable[[int], Codec]  # of a round
 _WAY_OUT = "`shoal run --resume DIR` tries the round again, with what was changed in DIR/config.yaml."
 
 
-def context(seed: int, round: int) -> str:
-    """What the messages of one round are bound to."""
-    return f"round {round} of the run with seed {seed}"
+def context(seed: int, round: int, session: bytes = b"") -> str:
+    """What the messages of one round, in one session of it, are bound to."""
+    of = f"round {round} of the run with seed {seed}"
+    return f"{of}, session {_letters(session)}" if session else of
+
+
+def _letters(session: bytes) -> str:
+    """In letters: a number in a text that the server holds is one that a client must not have told it."""
+    return session.hex().translate(str.maketrans("0123456789", "ghijklmnop"))
 
 
 def summed(server: ServerState, round: int, heard: Sequence[int], mean: np.ndarray, updates: list[Update]) -> Update:
@@ -93,7 +102,8 @@ class SecureRound(Plain):
     def __post_init__(self) -> None:
         seed = self.world.seed
         draws = generator(seed, "secagg graph", self.round)
-        name = context(seed, self.round)
+        self.session = np.frombuffer(secrets.token_bytes(SESSION_BYTES), np.uint8)
+        name = context(seed, self.round, self.session.tobytes())
         self.coordinator = Coordinator(self.settings.topology, name, self.codec.length, self.codec.dtype, draws)
 
     def open(self, asked: Sequence[int]) -> None:
@@ -106,7 +116,7 @@ class SecureRound(Plain):
         self.clients = sorted(self.inboxes)
 
     def arrays(self, client: int) -> dict[str, np.ndarray]:
-        return {"inbox": np.frombuffer(self.inboxes[client], np.uint8)}
+        return {"inbox": np.frombuffer(self.inboxes[client], np.uint8), SESSION: self.session}
 
     def add(self, client: int, reply: TrainReply) -> None:
         self.coordinator.add(client, reply.arrays[MASKED].tobytes())
@@ -133,7 +143,7 @@ class SecureRound(Plain):
         requests = {
             c: SecureRequest(
                 c, self.round, server.version, nothing, server.layout.hash, {"stage": stage},
-                {"message": np.frombuffer(m, np.uint8)},
+                {"message": np.frombuffer(m, np.uint8), SESSION: self.session},
             )
             for c, m in messages.items()
         }  # fmt: skip
@@ -160,33 +170,62 @@ def _lost(round: int, error: ShoalError) -> RunStopped:
     return RunStopped(f"Round {round} has no sum: {error} {_WAY_OUT}")
 
 
+@dataclass
+class _Part:
+    """A client's part in one session of a round: what it has to keep between stages, and the secret that all its keys
+    and masks come from, drawn for nothing else."""
+
+    round: int
+    session: bytes
+    state: dict[str, bytes] = field(default_factory=dict)
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+    over: frozenset[bytes] = frozenset()  # the earlier sessions of the round
+
+
 class SecureClients:
-    """The client half, at a node: a `Participant` for each of its clients in the newest round that it was asked in.
+    """The client half, at a node: a `Participant` for each of its clients in the newest session of the newest round
+    that it was asked in.
 
     Masks are the one thing in a run that is not drawn from its seed: a seed serves many runs and, after a resume, a
-    round twice, and whoever holds two vectors under one mask knows their difference. Masks cancel, so that no result
-    depends on them.
+    round twice, and whoever holds two vectors under one mask knows their difference. A session that is left is not
+    taken up again, and the next one has a secret that does not follow from what was kept. Masks cancel, so that no
+    result depends on them.
+
+    The sums of two sessions of one round are two sums: where other clients are in them, their difference is one of
+    fewer updates. A server that keeps to the protocol tries a round again only where it has no sum of it.
     """
 
     def __init__(self, settings: SecAggPlus, seed: int, codecs: Codecs, weighted: bool, root: str = ""):
         self.settings, self.seed, self.codecs, self.weighted = settings, seed, codecs, weighted
         self.root = root  # of the keys of noise: `privacy.base.noise_root`
-        self.states: dict[int, tuple[int, dict[str, bytes]]] = {}
-        self._secret = secrets.token_bytes(32)
+        self.parts: dict[int, _Part] = {}
 
-    def _participant(self, client: int, round: int) -> Participant:
-        newest, state = self.states.get(client, (round, {}))
-        if round < newest:
-            raise ShoalError(f"client {client} takes part in round {newest}; round {round} is closed for it")
-        secret = derive(self._secret, "participant", client, round)
-        mine = state if round == newest else {}
-        return Participant(self.settings.topology, client, context(self.seed, round), secret, mine)
+    def _part(self, request: Request, opens: bool = False) -> _Part:
+        """The client's part in the session of ``request``, which is new to it only where the request ``opens`` one."""
+        client, round, session = request.client, request.round, _carried(request, SESSION)
+        if len(session) != SESSION_BYTES:
+            raise MalformedMessage("shape", f"a session is named by {SESSION_BYTES} bytes, not {len(session)}")
+        part = self.parts.get(client)
+        if part is not None and round < part.round:
+            raise ShoalError(f"client {client} takes part in round {part.round}; round {round} is closed for it")
+        same = part is not None and round == part.round
+        if part is not None and same and session == part.session:
+            return part
+        if not opens or (part is not None and same and session in part.over):
+            raise ShoalError(f"client {client} takes no part in session {_letters(session)} of round {round}")
+        over = part.over | {part.session} if part is not None and same else frozenset()
+        part = self.parts[client] = _Part(round, session, over=over)
+        return part
+
+    def _participant(self, client: int, part: _Part) -> Participant:
+        name = context(self.seed, part.round, part.session)
+        return Participant(self.settings.topology, client, name, part.secret, part.state)
 
     def answer(self, request: SecureRequest) -> dict[str, np.ndarray]:
         """A stage's answer. Raises `ShoalError` where the message is malformed or the participant refuses."""
-        participant = self._participant(request.client, request.round)
-        message = _carried(request, "message")
-        stage = request.extra.get("stage")
+        message, stage = _carried(request, "message"), request.extra.get("stage")
+        part = self._part(request, opens=stage == KEYS)
+        participant = self._participant(request.client, part)
         if stage == KEYS:
             out = participant.advertise()
         elif stage == SHARES:
@@ -198,7 +237,7 @@ class SecureClients:
             out = participant.unmask(message)
         else:
             raise ShoalError(f"secure aggregation has no stage {stage!r:.40}")
-        self.states[request.client] = (request.round, participant.state())
+        part.state = participant.state()
         return {"message": np.frombuffer(out, np.uint8)}
 
     def mask(self, request: TrainRequest, update: np.ndarray, examples: int) -> dict[str, np.ndarray]:
@@ -207,7 +246,8 @@ class SecureClients:
         Raises `ShoalError` where that can't be: the client then takes no part in the round.
         """
         client, round = request.client, request.round
-        participant, inbox = self._participant(client, round), _carried(request, "inbox")
+        part, inbox = self._part(request), _carried(request, "inbox")
+        participant = self._participant(client, part)
         codec = self.codecs(round)
         # The content is part of the key: another update never gets the same rounding and noise.
         content = hashlib.sha256(update.tobytes()).hexdigest()
@@ -220,7 +260,7 @@ class SecureClients:
                 "are not finite, or larger than secure_aggregation.clip)"
             ) from None
         masked = participant.mask(encoded, inbox)
-        self.states[client] = (round, participant.state())
+        part.state = participant.state()
         return {MASKED: np.frombuffer(masked, codec.dtype)}
 
 

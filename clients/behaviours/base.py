@@ -117,6 +117,11 @@ class Behaviour(ABC):
         if self.colludes and not (schedule.in_rounds or schedule.decentral):
             allowed = f"one that acts alone under {type(schedule).__name__}, where replies do not come in rounds"
             raise ConfigError("attack", name, allowed, "Use schedule=synchronous, or attack=sign_flip or gaussian.")
+        # Among peers the driver crafts what all send each other; under a server a node sees its own clients only.
+        if self.colludes and settings.engine.remote and not (schedule.decentral and self.crafts):
+            engine = type(settings.engine).__name__
+            allowed = f"one that acts alone with engine={engine}, where clients do not see each other's replies"
+            raise ConfigError("attack", name, allowed, "Use engine=in_process, or attack=sign_flip or gaussian.")
         if self.peers_only and not schedule.decentral:
             allowed = f"one that sends everybody the same: under {type(schedule).__name__} the server alone is told"
             raise ConfigError("attack", name, allowed, "Use schedule=dpsgd or monna, or attack=ipm.")

@@ -263,7 +263,7 @@ def _contents(reply: Message, count: int) -> Sequence[Content]:
     try:
         if reply.has_error():
             return [reply.error] * count
-        contents = unpack(reply.content)[1]
+        contents = unpack(reply.content, count)[1]
         if len(contents) != count:
             raise ValueError(f"{len(contents)} contents for {count} clients")
         return contents

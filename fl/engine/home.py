@@ -172,6 +172,20 @@ def check_hosts(settings: Settings, resident: bool = True) -> None:
             raise ConfigError("aggregator.weights", "examples", allowed)
 
 
+def check_kind(guard: Guard, client: int, book: Mapping[str, Any]) -> None:
+    """Refuse to go on from what ``client`` kept where it has a ``book`` and this run none, or the other way round.
+
+    A run's name is the server's choice: what is spent under a name must not be forgotten by another run that is called
+    the same. Raises `ShoalError`.
+    """
+    if bool(book) != bool(guard.client_state(client)):
+        there, here = ("a", "has none") if book else ("no", "has one")
+        raise ShoalError(
+            f"client {client} has taken part in a run of this name with {there} privacy book, and this run {here}: "
+            "they are not the same run. Start this one anew."
+        )
+
+
 def check_books(guard: Guard, client: int, answered: int) -> None:
     """Refuse to spend more of ``client``'s budget where its book can't be whole.
 

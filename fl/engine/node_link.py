@@ -239,12 +239,12 @@ class NodeLink:
         if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
             raise ShoalError(
                 f"{self.superlink} does not know the key {self.key_file or 'that this node made for itself'}. "
-                f"Register it there: `flwr supernode register {self.key_file or 'KEY'}.pub`."
+                f"Put {self.key_file or 'KEY'}.pub among the server's --keys, and start `shoal server` again."
             ) from error
         if code == ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED:
             raise ShoalError(
                 f"{self.superlink} takes only nodes with a known key, and this one has none. Make one with `shoal "
-                "keys`, register it with `flwr supernode register KEY.pub`, and give it to `shoal node`."
+                "keys`, put KEY.pub among the server's --keys, and give the key to `shoal node`."
             ) from error
         if status == httpx.codes.UNAUTHORIZED:
             raise ShoalError(

@@ -148,6 +148,8 @@ class Desk:
         began = time.monotonic()
         try:
             reply = self._reply(head, tree)
+            took, said = time.monotonic() - began, "an error" if reply.has_error() else "done"
+            self.log.info("%s, round %s: %s in %.2f s", head.metadata.message_type, head.metadata.group_id, said, took)
             try:
                 self.link.push(reply, time.monotonic() - began)
             except (ObjectPushError, httpx.HTTPStatusError):

@@ -10,32 +10,38 @@ Only code that is installed here runs; a message brings settings and numbers.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 
 from fl.engine import home
 from fl.engine.carried import OURS, PROTOCOL, Note, carried, check_foreign, check_note, version
 from fl.engine.cohort_grid import client_of, cohort_app
-from fl.engine.kept import Kept, forget, secret
+from fl.engine.kept import HomeError, Kept, forget, secret
 from fl.engine.settings import SuperLink
 from fl.errors import ShoalError
 from fl.experiment import Experiment, Settings, Shared
 from fl.keys import key_bytes
+from fl.trackers.none import NoTracker
 from fl.transport.sockets import Sockets
 
 log = logging.getLogger("shoal.node")
 HELLO = "hello"
 SITES = 4  # runs that stay loaded
+MOST_NODES = 1000  # that a node paces its polling by, whatever a server tells
 KEPT_DAYS = 60  # what clients keep of a run is deleted when it was not written to for so long
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -103,23 +109,25 @@ class Site:
         if place.own:
             self.experiment.secret = key_bytes(secret(place.folder).hex(), note.run)
         self.node = self.experiment.node
+        self.node.sizes_hidden = home.sizes_hidden(self.settings)
 
-    def read(self, clients: Sequence[int], answered: Mapping[str, int]) -> None:
-        """Take up what ``clients`` have kept, where another process wrote it. Raises `ShoalError`."""
-        for client in clients:
-            if self.kept.newer(client):
-                found = self.kept.load(client)
-                arrays, meta = ({}, {}) if found is None else found
-                self.node.restore_client(client, arrays)
-                self.experiment.guard.restore_client(client, meta.get("privacy", {}))
-            home.check_books(self.experiment.guard, client, answered.get(str(client), 0))
+    def read(self, client: int, answered: int) -> None:
+        """Take up what ``client`` has kept, where another process wrote it. Raises `ShoalError`."""
+        guard = self.experiment.guard
+        if self.kept.newer(client):
+            found = self.kept.load(client)
+            arrays, meta = ({}, {}) if found is None else found
+            if found is not None:
+                home.check_kind(guard, client, meta.get("privacy", {}))
+            self.node.restore_client(client, arrays)
+            guard.restore_client(client, meta.get("privacy", {}))
+        home.check_books(guard, client, answered)
 
-    def write(self, clients: Sequence[int]) -> None:
-        """Put on disk what ``clients`` keep. Raises `ShoalError`; they are read anew then."""
-        for client in clients:
-            arrays, books = self.node.client_arrays(client), self.experiment.guard.client_state(client)
-            if arrays or books or self.kept.holds(client):
-                self.kept.save(client, arrays, {"privacy": books})
+    def write(self, client: int) -> None:
+        """Put on disk what ``client``, which was read before, keeps. Raises `ShoalError`; it is read anew then."""
+        arrays, books = self.node.client_arrays(client), self.experiment.guard.client_state(client)
+        if arrays or books or self.kept.holds(client):
+            self.kept.save(client, arrays, {"privacy": books})
 
     def close(self) -> None:
         self.experiment.close()
@@ -145,8 +153,9 @@ class Session:
 
     def app(self) -> ClientApp:
         """The ClientApp of this place."""
-        app = cohort_app(self._train, self._evaluate, self._query, enter=self._enter)
-        app.query(HELLO)(self.hello)
+        train, evaluate, query = _closed(self._train), _closed(self._evaluate), _closed(self._query)
+        app = cohort_app(train, evaluate, query, enter=_closed(self._enter))
+        app.query(HELLO)(_closed(self.hello))
         return app
 
     def close(self) -> None:
@@ -167,7 +176,7 @@ class Session:
             resolved, settings = self._settings(context)
             note = check_note({**asked, "answered": {}}, resolved)
             clients = place.hosts(context.node_config, note.clients)
-            self.paced(note.nodes)
+            self._pace(note)
             home.check_samples(settings, clients, place.data)
             about["clients"] = list(clients)
             if place.data:
@@ -191,7 +200,7 @@ class Session:
             if self.resolved is None:
                 unread = ("engine", "tracker", *(["data"] if place.data else []))
                 check_foreign(resolved, place.packages, place.files, unread)
-            settings = Settings.of(home.localised(resolved, place.data))
+            settings = Settings.of(untracked(home.localised(resolved, place.data)))
             if isinstance(settings.engine, SuperLink):
                 home.check_hosts(settings, self.resident)
             self._configs[context.run_id] = resolved, settings
@@ -216,34 +225,85 @@ class Session:
     def _enter(self, found: dict[str, Any], context: Context) -> None:
         """Before the messages of one Flower message are answered. Raises `ShoalError`."""
         note = check_note(found, self._settings(context)[0])
-        self.paced(note.nodes)
+        self._pace(note)
         self._note, self._site = note, self._open(note, context)
         self._hosts = self._placed(context).hosts(context.node_config, note.clients)
 
-    def _answer(self, messages: list[Message], answer: Callable[[Site], list[Message]], writes: bool) -> list[Message]:
+    def _pace(self, note: Note) -> None:
+        self.paced(max(1, min(note.nodes, MOST_NODES)))
+
+    def _answer(
+        self, messages: list[Message], answer: Callable[[Site, list[Message]], list[Message]], writes: bool
+    ) -> list[Message]:
+        """A reply to each message. What a client keeps may be lost, or not go to the disk: the others go on."""
         site, note = self._site, self._note
         assert site is not None and note is not None
         hosted = site.node.hosted = frozenset(self._hosts)  # a Ray worker answers for one node after the other
-        clients = sorted({client_of(m.metadata.dst_node_id) for m in messages} & hosted)
+        clients = sorted({_client(m) for m in messages} & hosted)
+        refused: dict[int, ShoalError] = {}
+
+        def each(act: Callable[[int], None]) -> None:
+            for client in [c for c in clients if c not in refused]:
+                try:
+                    act(client)
+                except ShoalError as error:
+                    if not isinstance(error, HomeError):  # which is in the log
+                        log.error("%s", error)
+                    site.kept.forget_read([client])  # what memory holds may be more than what was done
+                    refused[client] = error
+
         try:
-            site.read(clients, note.answered)
-            replies = answer(site)
+            each(lambda client: site.read(client, note.answered.get(str(client), 0)))
+            going = [m for m in messages if _client(m) not in refused]
+            replies = answer(site, going) if going else []
             if writes:
-                site.write(clients)
+                each(site.write)
         except BaseException:
-            site.kept.forget_read(clients)  # what memory holds may be more than what was done
+            site.kept.forget_read(clients)
             raise
-        return replies
+        lost = [(m, refused[_client(m)]) for m in messages if _client(m) in refused]
+        errors = {m.metadata.message_id: _error(error, m) for m, error in lost}
+        return [r for r in replies if r.metadata.reply_to_message_id not in errors] + [*errors.values()]
 
     def _train(self, messages: list[Message], context: Context) -> list[Message]:
-        return self._answer(messages, lambda site: site.node.train(messages), True)
+        return self._answer(messages, lambda site, some: site.node.train(some), True)
 
     def _evaluate(self, messages: list[Message], context: Context) -> list[Message]:
         size = self._site.settings.evaluation.batch_size if self._site is not None else 1
-        return self._answer(messages, lambda site: site.node.evaluate(messages, size), False)
+        return self._answer(messages, lambda site, some: site.node.evaluate(some, size), False)
 
     def _query(self, messages: list[Message], context: Context) -> list[Message]:
-        return self._answer(messages, lambda site: site.node.query(messages), True)
+        return self._answer(messages, lambda site, some: site.node.query(some), True)
+
+
+def untracked(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """``resolved`` without a tracker, which is the server's: a node does not need its package."""
+    return {**resolved, "tracker": {"_target_": f"{NoTracker.__module__}.{NoTracker.__qualname__}"}}
+
+
+def _client(message: Message) -> int:
+    return client_of(message.metadata.dst_node_id)
+
+
+def _error(error: ShoalError, message: Message) -> Message:
+    reason = f"{type(error).__name__}: {error}"
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+def _closed(handler: Callable[..., R]) -> Callable[..., R]:
+    """``handler``, of whose failures only the types leave: Flower sends a text whole, and it could hold data."""
+
+    @functools.wraps(handler)
+    def answer(*args: Any) -> R:
+        try:
+            return handler(*args)
+        except ShoalError:
+            raise
+        except Exception as error:
+            log.exception("a message could not be answered")
+            raise ShoalError(f"{type(error).__name__} at this node (its log says more)") from None
+
+    return answer
 
 
 app = Session().app()  # of a stock SuperNode

@@ -457,7 +457,7 @@ def test_a_superlink_that_gives_errors_for_long_is_waited_for(link, key_file, mo
 @pytest.mark.parametrize(
     ("path", "answers", "text"),
     [
-        ("activate-node", [(412, CODES.FLEET_NODE_ACTIVATION_FAILED)] * 2, r"know the key .*key.*supernode register"),
+        ("activate-node", [(412, CODES.FLEET_NODE_ACTIVATION_FAILED)] * 2, r"know the key .*key.*among the server"),
         ("activate-node", [401], "clocks"),
         ("activate-node", [404], "HTTP 404"),
         ("activate-node", [403], "Is it a SuperLink"),

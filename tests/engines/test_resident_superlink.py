@@ -331,7 +331,7 @@ def test_keys_over_tls(programs, tmp_path):
     assert [said["calls"] for _, _, said in answers] == [1, 2, 3]
 
     refused = {
-        "stranger": (ca, stranger, f"does not know the key {stranger}. Register it there: `flwr supernode register"),
+        "stranger": (ca, stranger, f"does not know the key {stranger}. Put {stranger}.pub among"),
         "keyless": (ca, "", "takes only nodes with a known key"),
     }
     (tmp_path / "other").mkdir()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
+from clients.adapters.initial.base import DataDriven
 from clients.adapters.space import Space
 from clients.behaviours.base import ReplyFields
 from clients.behaviours.faulty import Faulty
@@ -15,8 +16,9 @@ from clients.local.training import Fit, LocalTraining, Work
 from clients.worker import Scores
 from fl.engine.cohort_grid import node_id
 from fl.engine.flower import ensure_identity
-from fl.messages import EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
+from fl.messages import EvaluateReply, EvaluateRequest, StatisticRequest, TrainReply, TrainRequest
 from fl.node import Node
+from fl.schedules.base import MESSAGE_TYPE
 
 SIZE = 4
 SPACE = Space(Layout(("w",), ((SIZE,),)))
@@ -73,7 +75,7 @@ def request(client: int, round: int = 1, version: int = 0, kind=TrainRequest, la
     asked = kind(
         client, round, version, state, layout, {"sent": "adapter", "train": "adapter", **(extra or {"lr": 0.5})}
     )
-    return Message(asked.to_record(), node_id(max(client, 0)), kind.kind)
+    return Message(asked.to_record(), node_id(max(client, 0)), MESSAGE_TYPE[kind.kind])
 
 
 def test_a_job_is_what_the_request_says():
@@ -214,3 +216,53 @@ def test_a_client_without_a_test_set_says_so():
 def test_an_evaluation_that_cannot_be_done_is_an_error():
     wrong = [request(7, kind=EvaluateRequest), request(0, kind=EvaluateRequest, layout="x"), request(0)]
     assert all(reply.has_error() for reply in node().evaluate(wrong, 8))
+
+
+def test_numbers_of_examples_stay_where_they_are_secret():
+    made = node()
+    made.sizes_hidden = True
+    replies = made.evaluate([request(0, kind=EvaluateRequest), request(2, kind=EvaluateRequest)], 8)
+    assert [EvaluateReply.from_record(r.content).examples for r in replies] == [1, 0]  # nothing to test on is told
+
+
+@pytest.mark.parametrize(
+    ("local", "hidden", "steps"),
+    [
+        (LocalTraining(epochs=2.0, batch_size=1), True, [0, 0]),
+        (LocalTraining(epochs=2.0, batch_size=1), False, [4, 6]),
+        (LocalTraining(steps=3, batch_size=1), True, [3, 3]),
+    ],
+)
+def test_masked_replies_tell_no_steps_that_depend_on_the_examples(local, hidden, steps):
+    class Masks:
+        def mask(self, request, update, examples):
+            return {"masked": np.zeros(1, np.uint32)}
+
+    made = node()
+    made.secure, made.local, made.sizes_hidden = Masks(), local, hidden
+    replies = made.train([request(0), request(2)])
+    assert [TrainReply.from_record(r.content).steps for r in replies] == steps
+
+
+# Statistics
+
+
+@pytest.mark.parametrize(
+    ("source", "answering"), [("public", []), ("client", [1]), ("clients", [0, 1, 2]), ("private", [0, 1, 2])]
+)
+def test_only_clients_that_the_declared_start_asks_give_a_statistic(source, answering, monkeypatch):
+    class Start(DataDriven):
+        def start(self, site):
+            raise NotImplementedError
+
+    def sums(init, trainer, name, holders, seed):
+        return [(len(examples), np.ones(3)) for _, examples in holders]
+
+    monkeypatch.setattr("fl.node.sums", sums)
+    made = node()
+    made.initialisation = Start(source=source, client=1)
+    replies = made.query([request(client, 0, kind=StatisticRequest) for client in range(3)])
+    good = [TrainReply.from_record(r.content).client for r in replies if not r.has_error()]
+    assert good == answering
+    assert all(f"adapter.init.source={source}" in r.error.reason for r in replies if r.has_error())
+    assert len(replies) == 3

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,71 @@ def test_a_last_line_cut_off_is_left_out_and_a_broken_one_is_not(tmp_path):
     assert read_events(tmp_path / "missing") == []
 
 
+# One process at a time
+
+
+HOLDER = """
+import os, sys, time
+from fl.records import RunFolder
+folder = RunFolder(sys.argv[1])
+folder.write_run({"status": "interrupted"})
+if sys.argv[2] == "worker" and os.fork() == 0:  # outlives its parent
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+    os._exit(0)
+if sys.argv[2] == "worker":
+    os.kill(os.getpid(), 9)
+print("held", flush=True)
+sys.stdin.readline()
+folder.close()
+print("closed", flush=True)
+sys.stdin.readline()
+"""
+
+
+def holder(path, kind="alone") -> subprocess.Popen:
+    words = [sys.executable, "-c", HOLDER, str(path), kind]
+    return subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_folder_is_open_in_one_process_at_a_time(tmp_path):
+    with holder(tmp_path) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+            for how in ({}, {"resume": True}, {"overwrite": True}):
+                with pytest.raises(ShoalError, match=f"{tmp_path} is open.*another process works"):
+                    RunFolder(tmp_path, **how)
+            assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+            assert read_run(tmp_path) == {"status": "interrupted"} and read_events(tmp_path) == []
+            other.stdin.write("\n")
+            other.stdin.flush()
+            assert other.stdout.readline() == "closed\n"
+            RunFolder(tmp_path, resume=True).close()
+            assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "run.json"]
+        finally:
+            other.kill()
+
+
+def test_a_process_that_died_holds_no_folder_nor_do_workers_that_outlive_it(tmp_path):
+    with holder(tmp_path, "worker") as other:
+        worker = int(other.stdout.readline())
+        try:
+            assert other.wait(30) == -signal.SIGKILL
+            os.kill(worker, 0)
+            RunFolder(tmp_path, resume=True).close()
+        finally:
+            os.kill(worker, signal.SIGKILL)
+
+
+def test_a_folder_that_was_refused_is_not_held(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        folder.write_run({"status": "completed"})
+    with pytest.raises(ShoalError, match="finished run"):
+        RunFolder(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "run.json"]
+
+
 # Overwriting
 
 
@@ -189,7 +255,7 @@ def test_what_a_failed_run_left_is_not_inherited_and_other_files_stay(tmp_path):
         (tmp_path / name / "old").write_text("x")
     (tmp_path / "notes.txt").write_text("mine")
     with RunFolder(tmp_path):
-        assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "notes.txt"]
+        assert sorted(os.listdir(tmp_path)) == [".lock", "metrics.jsonl", "notes.txt"]
         assert read_events(tmp_path) == []
 
 

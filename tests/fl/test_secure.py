@@ -263,8 +263,11 @@ def half(number: int = 6, seed: int = 3) -> SecureClients:
     return SecureClients(FEW, seed, make_codecs(FEW, Guard(), SPACE, number, 1), False)
 
 
-def asked(stage, message: bytes, client: int = 0, round: int = 1, **arrays) -> SecureRequest:
-    arrays = arrays or {"message": np.frombuffer(message, np.uint8)}
+ONE, OTHER = b"1" * 16, b"2" * 16
+
+
+def asked(stage, message: bytes, client: int = 0, round: int = 1, session: bytes = ONE) -> SecureRequest:
+    arrays = {"message": np.frombuffer(message, np.uint8), "session": np.frombuffer(session, np.uint8)}
     return SecureRequest(client, round, 0, np.zeros(0, np.float32), SPACE.layout.hash, {"stage": stage}, arrays)
 
 
@@ -276,8 +279,11 @@ def test_masks_are_new_in_every_process_but_answers_repeat():
     assert other.answer(asked(KEYS, b""))["message"].tobytes() != first
     assert one.answer(asked(KEYS, b"", round=2))["message"].tobytes() != first
     assert one.answer(asked(KEYS, b"", client=1, round=2))["message"].tobytes() != first
-    jobs = [(0, 2), (0, 3), (1, 2), (1, 3)]
-    assert len({one._participant(client, round)._secret for client, round in jobs}) == 4  # each serves one round
+    secrets = set()
+    for client, round, session in [(0, 3, ONE), (0, 4, ONE), (1, 3, ONE), (1, 3, OTHER), (1, 4, ONE)]:
+        one.answer(asked(KEYS, b"", client, round, session))
+        secrets.add(one.parts[client].secret)
+    assert len(secrets) == 5  # each serves one session of one round
 
 
 def test_a_round_that_is_over_is_not_taken_up_again():
@@ -286,6 +292,48 @@ def test_a_round_that_is_over_is_not_taken_up_again():
     with pytest.raises(ShoalError, match="round 1 is closed"):
         clients.answer(asked(KEYS, b"", round=1))
     clients.answer(asked(KEYS, b"", client=1, round=1))
+
+
+def test_another_session_of_a_round_is_a_round_of_its_own_and_the_one_before_is_over():
+    clients = half()
+    first = clients.answer(asked(KEYS, b""))["message"].tobytes()
+    secret = clients.parts[0].secret
+    for stage in (SHARES, UNMASK, "x"):
+        with pytest.raises(ShoalError, match="no part in session jijiji"):
+            clients.answer(asked(stage, b"", session=OTHER))
+    assert clients.answer(asked(KEYS, b""))["message"].tobytes() == first
+    assert clients.answer(asked(KEYS, b"", session=OTHER))["message"].tobytes() != first
+    assert clients.parts[0].state == {} and clients.parts[0].secret != secret
+    for stage in (KEYS, SHARES, UNMASK):  # late, or repeated by the network
+        with pytest.raises(ShoalError, match="no part in session jhjhjh"):
+            clients.answer(asked(stage, b""))
+    assert clients.parts[0].session == OTHER
+    clients.answer(asked(KEYS, b"", round=2))
+    for wrong in (b"", ONE + b"x"):
+        with pytest.raises(ShoalError, match="named by 16 bytes"):
+            clients.answer(asked(KEYS, b"", round=2, session=wrong))
+
+
+@pytest.mark.parametrize("at", [(), (UNMASK,), ("train", UNMASK)])
+def test_a_server_started_anew_has_its_sum_from_nodes_that_were_not(at):
+    """They have answered a round of the same number, up to its sum, and answer it again, under masks of its own."""
+    world, anew = make(6, lost={(stage, c) for stage in at for c in range(1, 6)}), make(6)
+    if at:
+        with pytest.raises(RunStopped):
+            play(world)
+    else:
+        play(world)
+    anew.grid = world.grid
+    sent = {m.metadata.src_node_id: m for m in world.grid.pulled if m.metadata.message_type == "train"}
+    world.grid.lost, world.grid.pulled = {(KEYS, 2)}, []
+    assert play(anew)[-1]["accepted"] == 5
+    np.testing.assert_allclose(anew.server.vector, mean_of([0, 1, 3, 4, 5], 1), atol=1e-6)
+    again = [m for m in world.grid.pulled if m.metadata.message_type == "train"]
+    assert len(again) == 5
+    for message in again:
+        if not (was := sent[message.metadata.src_node_id]).has_error():
+            one, two = (TrainReply.from_record(m.content).arrays["masked"] for m in (was, message))
+            assert len(np.unique(two - one)) > 990  # of 1,001: the difference of two masks is as if it were drawn
 
 
 def test_a_roster_beyond_what_the_sum_is_planned_for_is_refused():

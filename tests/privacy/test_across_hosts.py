@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from clients.behaviours.base import ReplyFields
 from clients.local.training import LocalTraining
 from fl.errors import ConfigError, ShoalError
-from fl.messages import TrainRequest
-from fl.secure import SecureClients, make_codecs
+from fl.messages import SecureRequest, TrainRequest
+from fl.secure import KEYS, SecureClients, make_codecs
 from fl.state import Update
 from privacy.accounting import SampledGaussian
 from privacy.base import BudgetSpent, Guard, noise_root
@@ -64,11 +64,14 @@ def momenta(guard: Guard) -> list[np.ndarray]:
 
 def masked(guard: Guard) -> list[np.ndarray]:
     """What a client encodes of its update, before masks, which are new in every process."""
-    codecs = make_codecs(FEW, guard, WIDE, 6, 1)
+    codecs, state = make_codecs(FEW, guard, WIDE, 6, 1), np.zeros(0, np.float32)
     clients = SecureClients(FEW, 0, codecs, False, guard.keyed("root"))
     seen: list[np.ndarray] = []
 
     class Participant:
+        def advertise(self):
+            return b""
+
         def mask(self, encoded, inbox):
             seen.append(encoded)
             return encoded.tobytes()
@@ -76,8 +79,10 @@ def masked(guard: Guard) -> list[np.ndarray]:
         def state(self):
             return {}
 
-    clients._participant = lambda client, round: Participant()  # type: ignore[method-assign, assignment]
-    request = TrainRequest(0, 1, 0, np.zeros(0, np.float32), "", {}, {"inbox": np.zeros(1, np.uint8)})
+    clients._participant = lambda client, part: Participant()  # type: ignore[method-assign, assignment]
+    session, nothing = np.zeros(16, np.uint8), np.zeros(0, np.uint8)
+    clients.answer(SecureRequest(0, 1, 0, state, "", {"stage": KEYS}, {"message": nothing, "session": session}))
+    request = TrainRequest(0, 1, 0, state, "", {}, {"inbox": np.zeros(1, np.uint8), "session": session})
     clients.mask(request, np.full(WIDE.layout.size, 0.01, np.float32), 5)
     return seen
 

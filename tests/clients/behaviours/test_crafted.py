@@ -381,6 +381,7 @@ def test_where_an_attack_can_act(attack, rounds, peers, aggregator, text):
     settings = SimpleNamespace(
         schedule=SimpleNamespace(in_rounds=rounds, decentral=peers),
         aggregator=type(aggregator, (SimpleNamespace,), {})(**fields),
+        engine=SimpleNamespace(remote=False),
         model=SimpleNamespace(task="classification"),
     )
     if text is None:
@@ -388,6 +389,28 @@ def test_where_an_attack_can_act(attack, rounds, peers, aggregator, text):
     else:
         with pytest.raises(ConfigError, match=text):
             attack.check(settings)
+
+
+@pytest.mark.parametrize("attack", [ALIE(), IPM(), Mimic(), MinMax(), MinSum(), Backdoor()])
+def test_attacks_on_what_others_send_need_them_in_one_place(attack):
+    """A node would show them its own clients' replies alone; among peers they are made where all models are."""
+
+    def check(made, remote=True, decentral=False):
+        made.check(
+            SimpleNamespace(
+                schedule=SimpleNamespace(in_rounds=True, decentral=decentral),
+                aggregator=SimpleNamespace(combine=None),
+                model=SimpleNamespace(task="classification"),
+                engine=type("SuperLink", (SimpleNamespace,), {})(remote=remote),
+            )
+        )
+
+    with pytest.raises(ConfigError, match=r"acts alone with engine=SuperLink.*engine=in_process"):
+        check(attack)
+    check(attack, remote=False)
+    check(attack, decentral=True)
+    for alone in (Honest(), Backdoor(boost=2.0)):
+        check(alone)
 
 
 def test_rows_have_to_be_named():

@@ -244,10 +244,11 @@ def test_other_wrong_settings():
     for trigger in ([], [3, -1]):
         with pytest.raises(ConfigError, match=r"attack\.trigger"):
             Backdoor(trigger=trigger)
+    engine = SimpleNamespace(remote=False)
     schedule = SimpleNamespace(in_rounds=True, decentral=False)
     with pytest.raises(ConfigError, match="classifier"):
-        Backdoor().check(SimpleNamespace(schedule=schedule, model=SimpleNamespace(task="causal_lm")))
-    Backdoor().check(SimpleNamespace(schedule=schedule, model=SimpleNamespace(task="classification")))
+        Backdoor().check(SimpleNamespace(schedule=schedule, engine=engine, model=SimpleNamespace(task="causal_lm")))
+    Backdoor().check(SimpleNamespace(schedule=schedule, engine=engine, model=SimpleNamespace(task="classification")))
 
 
 def replies(number: int) -> list[ReplyFields]:
