@@ -12,7 +12,7 @@ from tests.hosts.processes import SERVER, Loopback, Scene
 
 pytestmark = pytest.mark.slow
 EXPERIMENTS = ("fedit", "fed_sb")
-WORDS = ("data.public=20", "schedule.rounds=2", "clients.number=4")
+WORDS = ("data.public=20", "schedule.rounds=2", "clients.number=4", "evaluation.clients=never")
 NODES = {"node-0": "0,3", "node-1": "1-2"}
 
 
@@ -110,6 +110,7 @@ def test_peers_send_models_through_the_server_or_to_each_other(scene, tmp_path):
         assert scene.wait_end(run, 300) == 0, scene.tails()
         found = scene.folder / SERVER / f"peers-{way}"
         np.testing.assert_allclose(vector(found), vector(tmp_path / "here"), rtol=1e-5, atol=1e-7)
+        assert all(("missed" in event) == (way == "direct") for event in rounds(found))
     for node in nodes:
         node.terminate()
         node.wait(30)
