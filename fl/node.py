@@ -47,7 +47,9 @@ from privacy.audit.log import log_of
 from privacy.base import BudgetSpent, Guard
 
 R = TypeVar("R", GradientRequest, PeerRequest)
-INBOX = "inbox"  # what a training request carries of secure aggregation's stages (`fl.secure`)
+MASKING = frozenset(
+    {"inbox", "session"}
+)  # arrays of a training request that secure aggregation alone reads (`fl.secure`)
 
 
 @dataclass
@@ -192,7 +194,7 @@ class Node:
         if base:
             packed, ranks = self.space.pack(base)
             content.update(f"base {ranks}".encode() + packed.tobytes())
-        for name in sorted(set(request.arrays) - {INBOX}):  # masks are another thing than what is under them
+        for name in sorted(set(request.arrays) - MASKING):  # masks are another thing than what is under them
             array = request.arrays[name]
             content.update(f"{name!r} {array.dtype} {array.shape}".encode() + array.tobytes())
         # A node knows its runs by the names that a server gives them, and its files may change between two starts.

@@ -73,7 +73,8 @@ def test_another_change_of_the_base_is_another_job(made):
 def test_arrays_that_an_answer_depends_on_name_its_job_and_masks_do_not(made):
     centre = np.ones(3, np.float32)
     first = newest(made, request(made.node, centre=centre))
-    assert newest(made, request(made.node, centre=centre, inbox=np.zeros(2, np.uint8))) == first
+    masks = np.zeros(2, np.uint8)
+    assert newest(made, request(made.node, centre=centre, inbox=masks, session=masks)) == first
     assert newest(made, request(made.node, centre=2 * centre))[1] == 2
 
 
