@@ -47,9 +47,7 @@ from privacy.audit.log import log_of
 from privacy.base import BudgetSpent, Guard
 
 R = TypeVar("R", GradientRequest, PeerRequest)
-MASKING = frozenset(
-    {"inbox", "session"}
-)  # arrays of a training request that secure aggregation alone reads (`fl.secure`)
+MASKING = frozenset({"inbox", "session"})  # arrays of a training request that `fl.secure` alone reads
 
 
 @dataclass

@@ -112,9 +112,9 @@ def test_a_run_of_the_same_name_without_a_claim_leaves_books_alone(tmp_path, mon
     files = sorted(tmp_path.glob("node-*/abab*/client-*/*.safetensors"))
     before = [file.read_bytes() for file in files]
     assert len(files) == 4
-    for _ in range(2):
+    for again in range(2):
         with pytest.raises(RunStopped, match=r"0 accepted.*a privacy book, and this run has none"):
-            hosts.run(tmp_path / f"again {_}", "local=momentum", *ONE)
+            hosts.run(tmp_path / f"again-{again}", "local=momentum", *ONE)
     assert [file.read_bytes() for file in files] == before
 
 

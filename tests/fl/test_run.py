@@ -15,7 +15,8 @@ from fl.run import run
 from tests.helpers import DECODER, ENCODER, SHARED, evaluations, final, go, same_metrics, weights
 
 TOP = [
-    "id", "name", "experiment", "seed", "status", "started", "finished", "versions", "device", "commit", "model", "data",
+    "id", "name", "experiment", "seed", "status", "started", "finished", "versions", "device", "commit", "model",
+    "data",
     "task", "adapter", "num_clients", "trainable_parameters", "total_parameters", "engine", "partition",
     "privacy", "privacy_statement",
     "settings", "overrides", "final", "error", "saved",
