@@ -208,7 +208,9 @@ class World:
     def message(self, request: Request) -> Message:
         """The Flower message that carries ``request`` to its client."""
         if self.apart and isinstance(request, TrainRequest):
-            self.guard.mirror(request.client, request.round, _fingerprint(request), self.sizes[request.client])
+            self.guard.mirror(
+                request.client, request.round, _fingerprint(request, self.guard.root), self.sizes[request.client]
+            )
         # What nobody waits for any more shall not be worked on by a node that comes back.
         ttl = None if self.wall is None else self.wall.network.timeout_s
         node, kind = self.nodes[request.client], MESSAGE_TYPE[request.kind]
@@ -265,10 +267,10 @@ class World:
         return [answers.get(r.client, silent) for r in requests]
 
 
-def _fingerprint(request: TrainRequest) -> str:
-    """Differs for requests of different content, whatever a node names them by."""
+def _fingerprint(request: TrainRequest, root: str) -> str:
+    """Differs for requests of different content, or under another ``root`` of noise, whatever a node names them by."""
     content = hashlib.sha256(request.state.tobytes())
-    content.update(repr((request.version, sorted(request.extra.items()))).encode())
+    content.update(repr((root, request.version, sorted(request.extra.items()))).encode())
     return content.hexdigest()[:32]
 
 
