@@ -48,7 +48,7 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Path]]:
     settings = {str(k): v for k, v in resolved.items()}
     given = {str(o.key_or_group): o.value() for o in parsed if not o.is_delete()}
     _drop_foreign(settings, given)
-    _tell_time(settings, given)
+    _suit_engine(settings, given)
     return settings, folders
 
 
@@ -167,10 +167,16 @@ def _drop_foreign(settings: dict[str, Any], given: Mapping[str, Any]) -> None:
                 _pop(settings, [*group.split("/"), *key.split(".")])
 
 
-def _tell_time(settings: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """On hosts time is real: ``network=wall_clock`` stands in the place of a model of time that nobody typed."""
+def _suit_engine(settings: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Where clients train apart, put what that asks for in the place of what a preset, and nobody else, says.
+
+    On hosts time is real (``network=wall_clock``). Clients keep what the newest round needs (``checkpoint_every=1``).
+    """
     engine = settings.get("engine")
-    if not isinstance(engine, dict) or engine.get("_target_") != "fl.engine.settings.SuperLink" or "network" in given:
+    target = engine.get("_target_") if isinstance(engine, dict) else None
+    if target in ("fl.engine.settings.SuperLink", "fl.engine.settings.Ray") and "checkpoint_every" not in given:
+        settings["checkpoint_every"] = 1
+    if target != "fl.engine.settings.SuperLink" or "network" in given:
         return
     from fl.listing import config_dir
 

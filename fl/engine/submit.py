@@ -57,12 +57,17 @@ def submit(
     with control(engine) as client:
         content = build_fab_from_disk(APP)
         fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
+        certificates = engine.root_certificates or "null"
         config = carry(resolved, str(folder), words, resume)
         request = StartRunRequest(fab=fab_to_proto(fab), override_config=user_config_to_proto(config))
         try:
             answer = client.StartRun(request)
         except Exception as error:
-            raise ShoalError(f"The SuperLink at {engine.address} did not start the run: {_reason(error)}.") from error
+            secure = "without TLS" if engine.insecure else f"with TLS, and engine.root_certificates={certificates}"
+            raise ShoalError(
+                f"The SuperLink at {engine.address} did not start the run ({_reason(error)}). It was asked {secure}; "
+                "`shoal server` starts one, and says how it is reached."
+            ) from error
         if not answer.HasField("run_id"):
             raise ShoalError(f"The SuperLink at {engine.address} did not start the run. Its log says why.")
         run_id = answer.run_id

@@ -125,3 +125,11 @@ def test_what_hosts_cannot_carry_is_refused_before_anything_loads(words, key):
 def test_real_time_takes_the_place_of_a_preset_s_model_of_time():
     resolved = compose(["experiment=fedfix", "engine=superlink", "network.timeout_s=7"])[0]
     assert resolved["network"] == {"_target_": "fl.network.WallClock", "rejoin_s": 10.0, "timeout_s": 7}
+
+
+@pytest.mark.parametrize("engine", ["ray", "superlink"])
+def test_every_round_is_kept_whatever_a_preset_says(engine):
+    words = ["experiment=gossip", "clients.number=4"]
+    assert compose(words)[0]["checkpoint_every"] == 5
+    assert compose([*words, f"engine={engine}"])[0]["checkpoint_every"] == 1
+    assert compose([*words, f"engine={engine}", "checkpoint_every=5"])[0]["checkpoint_every"] == 5  # and is refused
