@@ -48,8 +48,8 @@ ROOT = Path(__file__).parents[1]
 SHOAL = [sys.executable, "-m", "fl.cli"]
 WORDS = (
     "data=tiny", "partition=iid", "partition.min_size=1", "data.client_test_fraction=0", "local.steps=1",
-    "local.batch_size=2", "report=false",
-    "evaluation.every=1000", "engine.device=cpu", "engine.dtype=float32", "engine.attention=sdpa",
+    "local.batch_size=2", "report=false", "evaluation.every=1000",
+    "engine.device=cpu", "engine.dtype=float32", "engine.attention=sdpa",
     "engine.cohort_size=8", "engine.workers=1", "engine.threads=1",
 )  # fmt: skip
 QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
@@ -113,8 +113,8 @@ def _node(folder: Path, address: str, clients: str, number: int, kind: str) -> l
     return [*command, "--stock"] if kind == "stock" else command
 
 
-def run(folder: Path, name: str, settings: Sequence[str]) -> dict[str, float]:
-    """Run an experiment; seconds to the end of its first round and of a later one."""
+def run(folder: Path, name: str, settings: Sequence[str]) -> dict[str, Any]:
+    """Run an experiment; seconds of a round after the first (median and longest) and of the whole run."""
     where, log = folder / name, folder / f"{name}.log"
     began = time.time()
     with program([*SHOAL, "run", *settings, f"hydra.run.dir={where}"], folder, log) as process:
@@ -129,7 +129,7 @@ def run(folder: Path, name: str, settings: Sequence[str]) -> dict[str, float]:
     return {"round_s": statistics.median(later), "slowest_s": max(later), "whole_s": after, "rounds": len(ends)}
 
 
-def measure(folder: Path, engine: str, model: str, clients: int, rounds: int, address: str) -> dict[str, float]:
+def measure(folder: Path, engine: str, model: str, clients: int, rounds: int, address: str) -> dict[str, Any]:
     """One engine at one number of clients."""
     settings = words(model, clients, rounds)
     name = f"{engine.replace(' ', '_')}-{model}-{clients}"
@@ -237,41 +237,40 @@ def main() -> None:
         options.engines = [e for e in options.engines if e != "ray"]
     machine = environment.device_name("cpu")
     print(f"{options.model}; {machine}, {os.cpu_count()} processors")
-    print(f"{'clients':>7} {'engine':12}{'round s':>9}{'slowest':>9}{'message s':>11}{'x':>8}{'whole run s':>13}")
-    rows: list[dict[str, Any]] = []
+    results: dict[str, Any] = {
+        "machine": machine, "processors": os.cpu_count(), "versions": environment.versions(), "model": options.model,
+        "words": WORDS, "rows": [], "stock_minus_resident_s": {}, "reload": None,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="shoal-engines-") as scratch:
         folder = Path(scratch)
+        if options.repeats:
+            results["reload"] = again = reload(folder, options.model, options.clients[0] // 2, options.repeats)
+            print(
+                f"a message of {again['clients']} clients: {again['fresh_s']:.2f} s in a fresh process (imports "
+                f"{again['imports_s']:.2f}), {again['warm_s']:.3f} s in a warm one"
+            )
+        print(f"{'clients':>7} {'engine':12}{'round s':>9}{'slowest':>9}{'message s':>11}{'x':>8}{'whole run s':>13}")
         with server(folder) as address:
             for clients in options.clients:
-                here: float | None = None
+                took: dict[str, float] = {}
                 for engine in options.engines:
                     if engine == "stock" and clients not in options.stock_clients:
                         continue
                     rounds = options.stock_rounds if engine == "stock" else options.rounds
                     row = measure(folder, engine, options.model, clients, rounds, address)
-                    here = row["round_s"] if engine == "in process" else here
-                    rows.append({"engine": engine, "clients": clients, **row, "message_s": row["round_s"] / clients})
-                    if here is not None:
-                        rows[-1]["times_in_process"] = row["round_s"] / here
-                    print(line(rows[-1]), flush=True)
-        by = {(row["engine"], row["clients"]): row["round_s"] for row in rows}
-        both = [n for n in options.clients if ("stock", n) in by and ("resident", n) in by]
-        saved = {n: by["stock", n] - by["resident", n] for n in both}
-        for clients, seconds in saved.items():
-            print(f"stock - resident, {clients} clients: {seconds:.1f} s a round")
-        again = reload(folder, options.model, options.clients[0] // 2, options.repeats) if options.repeats else None
-        if again is not None:
-            print(
-                f"a message of {again['clients']} clients: {again['fresh_s']:.2f} s in a fresh process (imports "
-                f"{again['imports_s']:.2f}), {again['warm_s']:.3f} s in a warm one"
-            )
-    if options.out:
-        results = {
-            "machine": machine, "processors": os.cpu_count(), "versions": environment.versions(),
-            "model": options.model, "words": WORDS, "rows": rows, "stock_minus_resident_s": saved, "reload": again,
-        }  # fmt: skip
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+                    took[engine] = row["round_s"]
+                    row |= {"engine": engine, "clients": clients, "message_s": row["round_s"] / clients}
+                    row["load"] = os.getloadavg()[1]  # of five minutes: other work on the machine counts
+                    if "in process" in took:
+                        row["times_in_process"] = row["round_s"] / took["in process"]
+                    results["rows"].append(row)
+                    print(line(row), flush=True)
+                    if {"stock", "resident"} <= took.keys():
+                        saved = results["stock_minus_resident_s"][clients] = took["stock"] - took["resident"]
+                        print(f"stock - resident, {clients} clients: {saved:.1f} s a round")
+                    if options.out:
+                        options.out.parent.mkdir(parents=True, exist_ok=True)
+                        options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def line(row: dict[str, Any]) -> str:
