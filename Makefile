@@ -46,6 +46,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.asynchronous
 	$(BIN)/python -m benchmarks.gradient_coding
 	$(BIN)/python -m benchmarks.robust
+	$(BIN)/python -m benchmarks.engines
 	$(BIN)/shoal sweep experiment=private_lowrank_comparison
 
 clean:
