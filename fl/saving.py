@@ -125,7 +125,7 @@ def _evaluate(experiment: Experiment, cohort: Cohort, vector: np.ndarray, base: 
     plan = experiment.trainer.plan
     worker = Worker(cohort, experiment.tests, experiment.settings.local, experiment.settings.seed)
     whole = Plan(plan.device, "float32", "sdpa", 1, plan.workers, plan.threads)
-    trainer = Trainer(worker, whole)
+    trainer = Trainer(worker, whole, experiment.settings.engine.forks)
     try:
         return experiment.central(trainer, vector, base or {})
     finally:

@@ -147,3 +147,14 @@ def test_a_client_of_another_node_is_refused(tmp_path):
     request = TrainRequest(2, 1, 0, np.zeros(layout.size, np.float32), layout.hash, {"lr": 0.1, "train": "all"})
     (reply,) = site.node.train([Message(request.to_record(), 5, "train")])
     assert "hosts clients [0, 1], not 2" in reply.error.reason
+
+
+def test_nothing_is_forked_where_flower_s_threads_are_at_work(tmp_path, monkeypatch):
+    """A child of a process with threads may wait for ever for a lock that one of them held."""
+
+    def forked(*arguments):
+        raise AssertionError("a process was forked")
+
+    monkeypatch.setattr("clients.trainer.Pool", forked)
+    Hosts(tmp_path, (0, 3), (1, 2)).run(tmp_path / "hosts", "engine.threads=2")
+    assert final(tmp_path / "hosts")["rounds"] == 2
